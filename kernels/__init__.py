@@ -1,0 +1,1 @@
+"""Bytes and arithmetic of the TurboQuant KV cache. Imports nothing from vLLM."""

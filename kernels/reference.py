@@ -1,0 +1,218 @@
+"""The truth that every kernel is held to: store, load and attend over real pages, vectorised; also the CPU path.
+
+Arithmetic is float64 unless a dtype is given. Keys and values are kept rotated (``y = R x``), so attention rotates the
+queries once and the output once, and never a cached token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .codec import decode_vectors, encode_vectors, to_e4m3
+from .format import PageFormat, Preset, VectorCodec, page_format, scale_group
+from .packing import pack_plane, read_tokens, unpack_plane, write_tokens
+from .rotation import ROTATION_SEED, rotation, sketch_matrix
+
+_QUERY_ROWS = 256  # rows attended at once: bounds the score matrix of a long prefill
+
+
+def _rotate(x: torch.Tensor, fmt: PageFormat, codec: VectorCodec, seed: int, inverse: bool = False) -> torch.Tensor:
+    if codec.bits == 32:  # the lossless debug codec keeps vectors as they are
+        return x
+    matrix = rotation(fmt.head_size, seed).to(device=x.device, dtype=x.dtype)
+    return x @ (matrix if inverse else matrix.T)
+
+
+def _sketch(fmt: PageFormat, codec: VectorCodec, seed: int) -> torch.Tensor | None:
+    return sketch_matrix(fmt.scale_group, seed) if codec.sketch else None
+
+
+def _encode_side(
+    x: torch.Tensor, fmt: PageFormat, codec: VectorCodec, odd: torch.Tensor, seed: int, scale: str
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Vectors ``[T, H, d]`` to the bytes of the side's planes and the side's fp16 scalars ``[T, H, groups]``."""
+    planes = fmt.value_planes if codec is fmt.preset.value else fmt.key_planes
+    if codec.bits == 32:
+        return [x.to(torch.float32).contiguous().view(torch.uint8)], []
+    y = _rotate(x.to(torch.float64), fmt, codec, seed)
+    if codec.bits == 8:
+        return [to_e4m3(y)], []
+    codes, scalars = encode_vectors(y, codec, fmt.scale_group, _sketch(fmt, codec, seed), scale)
+    return [pack_plane(plane, codes, odd) for plane in planes], scalars
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    fmt: PageFormat,
+    seed: int = ROTATION_SEED,
+    scale: str = "unbiased",
+) -> None:
+    """Encodes tokens into their slots; writes exactly the bytes that those tokens own and reads no page.
+
+    key, value: floating ``[T', H, d]`` with T' >= T. cache: uint8 ``[B, H, N, C]`` with ``[N, C]`` contiguous per (block,
+    head). slot_mapping: int ``[T]``; negative slots are skipped.
+    """
+    live = (slot_mapping >= 0).nonzero().squeeze(-1)
+    slots = slot_mapping[live].to(torch.int64)
+    odd = (slots % 2)[:, None].expand(-1, cache.shape[1])
+    parts: list[torch.Tensor] = []
+    scalars: dict[str, torch.Tensor] = {}
+    for kind, x, codec in (("key", key, fmt.preset.key), ("value", value, fmt.preset.value)):
+        raw, side = _encode_side(x[live], fmt, codec, odd, seed, scale)
+        parts += raw
+        scalars |= zip((kind, "sketch_norm"), side, strict=False)
+    parts += [scalars[kind].contiguous().view(torch.uint8) for kind in fmt.scalars]
+    write_tokens(cache, slots, torch.cat(parts, dim=-1), fmt)
+
+
+def load(
+    cache: torch.Tensor,
+    blocks: torch.Tensor,
+    fmt: PageFormat,
+    seed: int = ROTATION_SEED,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of whole blocks as the cache decodes them, **in the rotated basis**.
+
+    blocks: int64 ``[n]``. Returns two ``[n * N, H, d]`` in ``dtype``; float32 holds every level times scale exactly.
+    """
+    payload = read_tokens(cache, blocks, fmt)
+    odd = (torch.arange(payload.shape[0], device=payload.device) % 2)[:, None].expand(-1, payload.shape[1])
+    sizes = [p.token_bytes for p in fmt.planes] + [2 * fmt.groups] * len(fmt.scalars)
+    pieces = list(payload.split(sizes, dim=-1))
+    raw_scalars = pieces[len(fmt.planes) :]
+    scalars = {k: x.contiguous().view(torch.float16) for k, x in zip(fmt.scalars, raw_scalars, strict=True)}
+    sides = []
+    for kind, codec, planes in (
+        ("key", fmt.preset.key, fmt.key_planes),
+        ("value", fmt.preset.value, fmt.value_planes),
+    ):
+        raw, pieces = pieces[: len(planes)], pieces[len(planes) :]
+        if not codec.scaled:
+            number = torch.float32 if codec.bits == 32 else torch.float8_e4m3fn
+            sides.append(raw[0].contiguous().view(number).to(dtype))
+            continue
+        codes = torch.stack([unpack_plane(p, x, odd) for p, x in zip(planes, raw, strict=True)]).sum(0)
+        side = [scalars[kind], *([scalars["sketch_norm"]] if codec.sketch else [])]
+        sides.append(decode_vectors(codes, side, codec, _sketch(fmt, codec, seed), dtype))
+    return sides[0], sides[1]
+
+
+def _attend_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """q ``[R, Hk, G, d]``, k and v ``[L, Hk, d]``, visible bool ``[R, L]``; returns ``[R, Hk, G, d]``."""
+    scores = torch.einsum("rhgd,lhd->hgrl", q, k) * scale
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    scores = scores.masked_fill(~visible, -math.inf)
+    peak = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype).view(k.shape[1], -1, 1, 1)
+        peak = torch.maximum(peak, sinks)
+    weights = torch.exp(scores - peak)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - peak)
+    # A hidden token's weight is exactly 0, but 0 * NaN is NaN: a non-finite value may reach only rows that see it.
+    broken = ~torch.isfinite(v).all(-1)
+    out = torch.einsum("hgrl,lhd->rhgd", weights / total, v.masked_fill(broken[..., None], 0.0))
+    if broken.any():
+        reached = (visible.to(q.dtype) @ broken.to(q.dtype)) > 0
+        out = out.masked_fill(reached[:, :, None, None], math.nan)
+    return out
+
+
+def attend(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    fmt: PageFormat,
+    scale: float,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    seed: int = ROTATION_SEED,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Causal attention of each request's last tokens over its cached tokens, from the pages alone.
+
+    query: floating ``[T', Hq, d]``. block_table: int ``[R, >= blocks]``. seq_lens: int ``[R]``, the query tokens included.
+    query_start_loc: int ``[R + 1]``. ``window``: a token sees itself and the ``window - 1`` before it. ``sinks``: ``[Hq]``
+    logits that take part in the softmax without a value. Returns ``[T', Hq, d]`` in ``dtype``; rows of no request and of
+    requests of length 0 are 0. Only blocks that a query token can see are read.
+    """
+    block_size, kv_heads = cache.shape[2], cache.shape[1]
+    tokens, heads, head_size = query.shape
+    out = torch.zeros(tokens, heads, head_size, dtype=dtype, device=query.device)
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    requests: list[tuple[int, int, int, int]] = []
+    wanted: list[torch.Tensor] = []
+    for row, length in enumerate(lengths):
+        rows = starts[row + 1] - starts[row]
+        if rows <= 0 or length <= 0:
+            continue
+        oldest = 0 if window is None else max(0, length - rows - window + 1)
+        first, last = oldest // block_size, -(-length // block_size)
+        requests.append((starts[row], rows, length - first * block_size, last - first))
+        wanted.append(block_table[row, first:last].to(torch.int64))
+    if not requests:
+        return out
+    keys, values = load(cache, torch.cat(wanted), fmt, seed, dtype)
+    q = _rotate(query.to(dtype), fmt, fmt.preset.key, seed).view(tokens, kv_heads, heads // kv_heads, head_size)
+    base = 0
+    for start, rows, length, blocks in requests:
+        k, v = keys[base : base + length], values[base : base + length]
+        base += blocks * block_size
+        column = torch.arange(length, device=query.device)
+        for begin in range(0, rows, _QUERY_ROWS):
+            end = min(rows, begin + _QUERY_ROWS)
+            position = column[length - rows + begin : length - rows + end, None]
+            visible = column <= position
+            if window is not None:
+                visible &= column > position - window
+            part = _attend_rows(q[start + begin : start + end], k, v, visible, scale, soft_cap, sinks)
+            out[start + begin : start + end] = part.flatten(1, 2)
+    return _rotate(out, fmt, fmt.preset.value, seed, inverse=True)
+
+
+def roundtrip(
+    x: torch.Tensor, bits: int, algorithm: str = "mse", scale: str = "unbiased", seed: int = ROTATION_SEED
+) -> torch.Tensor:
+    """What a cache of ``bits`` bits a coordinate gives back for vectors ``x`` (floating ``[n, d]``); same shape and dtype.
+
+    ``algorithm``: "mse" is Algorithm 1 (bits 1 to 4), "prod" Algorithm 2 (2 to 5, one of them the residual sketch). The
+    vectors pass through real pages, fp16 scalars included. Raises ValueError for other bits, algorithms and scales, and
+    for a d without page format.
+    """
+    allowed = {"mse": range(1, 5), "prod": range(2, 6)}
+    if algorithm not in allowed:
+        raise ValueError(f"unknown algorithm {algorithm!r}; allowed are 'mse' and 'prod'")
+    if bits not in allowed[algorithm]:
+        raise ValueError(f"algorithm {algorithm!r} takes {allowed[algorithm][0]} to {allowed[algorithm][-1]} bits, not {bits}")
+    n, head_size = x.shape
+    codec = VectorCodec(bits - 1, sketch=True) if algorithm == "prod" else VectorCodec(bits)
+    fmt = PageFormat(Preset("roundtrip", codec, VectorCodec(1)), head_size, scale_group(head_size))
+    blocks = -(-n // 16)
+    cache = torch.zeros(blocks, 1, 16, fmt.slot_bytes, dtype=torch.uint8, device=x.device)
+    vectors = x[:, None, :]
+    store(vectors, vectors, cache, torch.arange(n, device=x.device), fmt, seed, scale)
+    keys, _ = load(cache, torch.arange(blocks, device=x.device), fmt, seed)
+    return _rotate(keys[:n, 0], fmt, codec, seed, inverse=True).to(x.dtype)
+
+
+__all__ = ["attend", "load", "page_format", "roundtrip", "store"]

@@ -1,0 +1,209 @@
+"""Every place where vLLM is touched. Nothing outside this module patches anything.
+
+| id | target | 0.32 | 0.33 | why | gone when |
+|---|---|---|---|---|---|
+| A | dtype names | extend the ``CacheDType`` Literal, rebuild ``CacheConfig`` and ``SpeculativeConfig`` | official `register_kv_cache_dtype` | accept ``--kv-cache-dtype turboquant`` | 0.32 is dropped |
+| C | ``AttentionBackendEnum`` | official `register_backend` | same | a layer looks its backend up by name | never: official |
+| D | ``Platform.get_attn_backend_cls`` | wrap | wrap | no hook selects a backend by KV-cache dtype | vLLM has one |
+| E | ``EngineArgs.create_model_config`` | wrap | wrap | refuse what cannot be served before processes start | vLLM validates custom dtypes |
+| H | ``sys.excepthook`` | chain | chain | a refusal ends in its sentence, not in a traceback | vLLM prints config errors so |
+
+All are applied together or not at all: first every structural check, then every patch. The dtype name is the only
+switch: other dtypes go through the wrapped functions unchanged (E also refuses vLLM's own TurboQuant names on a CPU).
+Never dispatch on ``KVQuantMode``: upstream, CUSTOM and OCTAVE_K3V4 share the value 12.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+import sys
+from types import TracebackType
+from typing import Any, get_args
+
+from . import __version__
+from .config import FLAG, TurboQuantError, dtype_names, is_ours, refuse
+
+SUPPORTED = ("0.32", "0.33")
+logger = logging.getLogger("vllm.turboquant")  # below "vllm": formatted and filtered as vLLM's own lines
+_active = False
+
+
+def supported_version(version: str) -> str | None:
+    """``"0.32"`` or ``"0.33"`` for a version of that series (local and dev parts allowed), else None."""
+    match = re.match(r"(\d+\.\d+)(\D|$)", version)
+    return match.group(1) if match and match.group(1) in SUPPORTED else None
+
+
+def activate() -> None:
+    """Applies the patches once a process; logs one line and changes nothing for a vLLM that is not supported."""
+    global _active
+    if _active:
+        return
+    import vllm
+
+    series = supported_version(vllm.__version__)
+    if series is None:
+        _log_inactive(f"vLLM {vllm.__version__} is not supported")
+        return
+    problems = structural_problems(series)
+    if problems:
+        _log_inactive(f"vLLM {vllm.__version__} lacks {', '.join(problems)}")
+        return
+    _active = True
+    if series == "0.32":
+        _extend_literal(dtype_names())
+    else:
+        _register_dtypes(dtype_names())
+    _register_backend()
+    _wrap_backend_selection()
+    _wrap_model_config()
+    _chain_excepthook()
+
+
+def _log_inactive(reason: str) -> None:
+    logger.error(
+        "vllm-turboquant %s is inactive: %s; %s turboquant is not available; supported are vLLM %s: install one of them, for "
+        "example with pip install 'vllm==0.33.*'.",
+        __version__,
+        reason,
+        FLAG,
+        " and ".join(SUPPORTED),
+    )
+
+
+def structural_problems(series: str) -> list[str]:
+    """What the patches of ``series`` need of vLLM and do not find; empty means that all can be applied."""
+    import vllm.config.cache as cache
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.utils import torch_utils
+    from vllm.v1.attention.backend import AttentionBackend
+    from vllm.v1.attention.backends import registry
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    selection = getattr(type(current_platform), "get_attn_backend_cls", None)
+    parameters = list(inspect.signature(selection).parameters) if selection else []
+    needed: dict[str, bool] = {
+        "Platform.get_attn_backend_cls(selected_backend, attn_selector_config)": parameters[:2]
+        == ["selected_backend", "attn_selector_config"],
+        "EngineArgs.create_model_config": hasattr(EngineArgs, "create_model_config"),
+        "AttentionBackend.customize_spec": hasattr(AttentionBackend, "customize_spec"),
+        "AttentionSpec.state_content_bytes": "state_content_bytes" in getattr(AttentionSpec, "__dataclass_fields__", {}),
+        "register_backend": hasattr(registry, "register_backend"),
+        "STR_DTYPE_TO_TORCH_DTYPE": hasattr(torch_utils, "STR_DTYPE_TO_TORCH_DTYPE"),
+        "CacheDType": "auto" in get_args(getattr(cache, "CacheDType", None)),
+    }
+    if series != "0.32":
+        needed["register_kv_cache_dtype"] = hasattr(cache, "register_kv_cache_dtype")
+    return [name for name, found in needed.items() if not found]
+
+
+def _extend_literal(names: tuple[str, ...]) -> None:
+    """Patch A, 0.32. The Literal is changed in place: modules that imported it by name see the new values too."""
+    import torch
+    from pydantic.dataclasses import rebuild_dataclass
+    from vllm.config import CacheConfig, SpeculativeConfig
+    from vllm.config.cache import CacheDType
+    from vllm.engine import arg_utils
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    literal: Any = CacheDType
+    literal.__args__ += tuple(name for name in names if name not in literal.__args__)
+    for name in names:
+        STR_DTYPE_TO_TORCH_DTYPE[name] = torch.uint8
+    for config in (CacheConfig, SpeculativeConfig):
+        rebuild_dataclass(config, force=True)  # type: ignore[arg-type]
+    arg_utils._compute_kwargs.cache_clear()
+
+
+def _register_dtypes(names: tuple[str, ...]) -> None:
+    """Patch A, 0.33: vLLM's official hook."""
+    import torch
+    from vllm.config.cache import register_kv_cache_dtype
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    class Handler:
+        name = ""
+
+        def torch_dtype(self) -> torch.dtype:
+            return torch.uint8
+
+        def quant_mode(self) -> KVQuantMode:
+            return KVQuantMode.CUSTOM
+
+    for name in names:
+        register_kv_cache_dtype(name)(type("TurboQuantDTypeHandler", (Handler,), {"name": name}))
+
+
+def _register_backend() -> None:
+    """Patch C. The class-path form: the decorator form would store an empty value, which aliases another member."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    # Spelled out: importing .backend here would load the attention stack into processes that only parse arguments.
+    name, path = "VLLM_TURBOQUANT", "vllm_turboquant.backend.TurboQuantBackend"
+    if name not in AttentionBackendEnum.__members__:
+        register_backend(name, path)
+
+
+def _wrap_backend_selection() -> None:
+    """Patch D: layers whose dtype is ours get our backend; every other layer, skipped ones included, is vLLM's business."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention import selector
+
+    platform = type(current_platform)
+    original = platform.get_attn_backend_cls.__func__
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> str:
+        dtype = attn_selector_config.kv_cache_dtype
+        if not is_ours(dtype):
+            return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
+        from .backend import backend_class
+
+        backend = backend_class(dtype)
+        reasons = backend.validate_configuration(
+            device_capability=cls.get_device_capability(), **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise refuse(FLAG, dtype, f"an attention layer cannot be compressed ({', '.join(reasons)})", "use --kv-cache-dtype auto")
+        return f"{backend.__module__}.{backend.__name__}"
+
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    selector._cached_get_attn_backend.cache_clear()
+
+
+def _wrap_model_config() -> None:
+    """Patch E: the earliest point that knows both the arguments and the model, in the process that the user started."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    from .refusals import check_engine_args
+
+    original = EngineArgs.create_model_config
+
+    @functools.wraps(original)
+    def create_model_config(self: Any) -> Any:
+        model_config = original(self)
+        check_engine_args(self, model_config, current_platform)
+        return model_config
+
+    EngineArgs.create_model_config = create_model_config
+
+
+def _chain_excepthook() -> None:
+    """Patch H: an uncaught refusal prints its sentence; all other exceptions go to the hook that was there."""
+    previous = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, TurboQuantError):
+            print(f"vllm: error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, trace)
+
+    sys.excepthook = excepthook
+
+
+__all__ = ["SUPPORTED", "activate", "structural_problems", "supported_version"]

@@ -1,0 +1,88 @@
+"""Settings, dtype names and every refusal about values. Imports nothing from vLLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .kernels.format import DEBUG_PRESETS, DEFAULT_PRESET, PRESETS
+
+SETTINGS_KEY = "turboquant"
+DEBUG_ENVIRONMENT = "TURBOQUANT_DEBUG"
+FLAG = "--kv-cache-dtype"
+SETTINGS_FLAG = "--additional-config"
+# vLLM's own presets start so; it claims the prefix in many places.
+UPSTREAM_PREFIX = "turboquant_"
+
+
+class TurboQuantError(Exception):
+    """A configuration that cannot be served, in one sentence for the user.
+
+    Not a ValueError on purpose: pydantic, which validates vLLM's configuration, would wrap it in a report of its own.
+    """
+
+
+def dtype_names() -> tuple[str, ...]:
+    """The values of ``--kv-cache-dtype`` that this plugin registers; debug formats only on request."""
+    debug = tuple(DEBUG_PRESETS) if os.environ.get(DEBUG_ENVIRONMENT) == "1" else ()
+    return (*PRESETS, *debug)
+
+
+def is_ours(kv_cache_dtype: str | None) -> bool:
+    return kv_cache_dtype in PRESETS or kv_cache_dtype in DEBUG_PRESETS
+
+
+def refuse(flag: str, value: object, reason: str, remedy: str) -> TurboQuantError:
+    """The one form of every refusal: flag, value, why, and what to do instead."""
+    return TurboQuantError(f"{flag} {value}: {reason}; {remedy}.")
+
+
+@dataclass(frozen=True)
+class TurboQuantSettings:
+    """``--additional-config '{"turboquant": {...}}'``.
+
+    ``calibration``: "off" stores keys without a per-model transform.
+    """
+
+    calibration: str = "off"
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> TurboQuantSettings:
+        """Reads the ``turboquant`` object; absent means defaults. Raises TurboQuantError for anything unknown."""
+        if not isinstance(additional_config, Mapping) or SETTINGS_KEY not in additional_config:
+            return cls()
+        given: Any = additional_config[SETTINGS_KEY]
+        known = [field.name for field in fields(cls)]
+        where = f'{SETTINGS_FLAG} {{"{SETTINGS_KEY}": ...}}'
+        if not isinstance(given, Mapping):
+            raise refuse(where, repr(given), "is not an object", f"give an object with the keys {', '.join(known)}")
+        for key in given:
+            if key not in known:
+                raise refuse(where, repr(key), f"is not a setting; allowed are {', '.join(known)}", "remove or rename it")
+        settings = cls(**given)
+        if settings.calibration != "off":
+            raise refuse(
+                f"{where} calibration",
+                repr(settings.calibration),
+                'is not available in this version; allowed is "off"',
+                'leave it out or set "off"',
+            )
+        return settings
+
+
+def check_dtype_name(kv_cache_dtype: str, on_cpu: bool) -> None:
+    """Refuses names that look like ours and are not, and vLLM's own presets where they compute garbage."""
+    allowed = ", ".join(dtype_names())
+    if kv_cache_dtype.startswith(UPSTREAM_PREFIX):
+        if on_cpu:
+            raise refuse(
+                FLAG,
+                kv_cache_dtype,
+                f"names vLLM's built-in format, which has no CPU kernel and would compute wrong results; allowed on CPU are {allowed}",
+                f"use {FLAG} {DEFAULT_PRESET}",
+            )
+        return
+    if kv_cache_dtype.startswith(DEFAULT_PRESET) and kv_cache_dtype not in dtype_names():
+        raise refuse(FLAG, kv_cache_dtype, f"is not a TurboQuant preset; allowed are {allowed}", f"use {FLAG} {DEFAULT_PRESET}")

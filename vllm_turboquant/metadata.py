@@ -1,0 +1,84 @@
+"""Per-batch metadata: references to vLLM's own tensors, nothing computed from lengths on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+
+from .config import FLAG, refuse
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+logger = init_logger("vllm.turboquant")
+
+
+@dataclass
+class TurboQuantMetadata(AttentionMetadata):
+    """What one forward pass needs.
+
+    query_start_loc: int32 ``[R + 1]``. seq_lens: int32 ``[R]``, new tokens included. block_table: int32 ``[R, blocks]``.
+    slot_mapping: int64 ``[T]``, -1 for padding.
+    """
+
+    num_actual_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
+    _cudagraph_support = AttentionCGSupport.NEVER  # the reference path reads lengths on the host
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        _log_compression(kv_cache_spec, vllm_config)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TurboQuantMetadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            dtype = self.vllm_config.cache_config.cache_dtype
+            reason = "a layer of this model or its drafter attends without causal mask, which is not computed"
+            raise refuse(FLAG, dtype, reason, "use another drafter or --kv-cache-dtype auto")
+        return TurboQuantMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+        )
+
+
+def _log_compression(spec: AttentionSpec, vllm_config: VllmConfig) -> None:
+    """One line a process: what is compressed, what is not, and by how much."""
+    layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
+    kept: list[str] = []
+    compressed = 0
+    for name, layer in layers.items():
+        if not hasattr(layer, "attn_backend"):
+            continue
+        if hasattr(layer.attn_backend, "turboquant_preset"):
+            compressed += 1
+        else:
+            kept.append(name)
+    model_bytes = 2 * spec.head_size * vllm_config.model_config.dtype.itemsize
+    logger.info_once(
+        "TurboQuant: %d attention layers compressed as %s, %d not (%s); %d instead of %d bytes per token and KV head (%.2fx).",
+        compressed,
+        vllm_config.cache_config.cache_dtype,
+        len(kept),
+        ", ".join(kept) or "none",
+        spec.state_content_size_bytes,
+        model_bytes,
+        model_bytes / spec.state_content_size_bytes,
+    )

@@ -1,0 +1,86 @@
+"""What a model, a platform or another option of vLLM can rule out, checked once, before any process is started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import FLAG, TurboQuantSettings, check_dtype_name, is_ours, refuse
+from .kernels.format import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE
+
+MIN_CAPABILITY = (8, 0)
+_PLAIN = "serve this model with --kv-cache-dtype auto"
+
+
+def _check_platform(dtype: str, platform: Any) -> None:
+    if platform.is_cpu():
+        return
+    if not platform.is_cuda():
+        raise refuse(FLAG, dtype, f"runs on CPU and NVIDIA GPUs, not on {platform.device_name}", "use --kv-cache-dtype auto")
+    capability = platform.get_device_capability()
+    if capability is not None and tuple(capability) < MIN_CAPABILITY:
+        found = f"{capability[0]}.{capability[1]}"
+        raise refuse(FLAG, dtype, f"needs compute capability 8.0 or higher, this GPU has {found}", "use --kv-cache-dtype auto")
+
+
+def _check_options(dtype: str, args: Any) -> None:
+    for flag, value in (
+        ("--decode-context-parallel-size", args.decode_context_parallel_size),
+        ("--prefill-context-parallel-size", args.prefill_context_parallel_size),
+    ):
+        if value is not None and value > 1:
+            raise refuse(FLAG, dtype, f"cannot be combined with {flag} {value}; allowed is 1", f"drop {flag} or use --kv-cache-dtype auto")
+    if args.attention_backend is not None:
+        raise refuse(
+            FLAG,
+            dtype,
+            f"selects its own attention backend and cannot be combined with --attention-backend {args.attention_backend}",
+            "drop --attention-backend",
+        )
+    connector = getattr(args.kv_transfer_config, "kv_connector", None)
+    if connector is not None and "lmcache" in connector.lower():
+        raise refuse(
+            FLAG,
+            dtype,
+            f"cannot be combined with --kv-transfer-config's {connector}, which computes page sizes of its own",
+            "use another connector or --kv-cache-dtype auto",
+        )
+
+
+def _check_model(dtype: str, model: Any) -> None:
+    if model.is_attention_free:
+        raise refuse(FLAG, dtype, f"model {model.model} has no attention layers to compress", _PLAIN)
+    if model.is_encoder_decoder:
+        raise refuse(FLAG, dtype, f"model {model.model} is an encoder-decoder model; allowed are decoder-only models", _PLAIN)
+    if model.use_mla:
+        reason = f"model {model.model} uses multi-head latent attention (MLA), whose cache has no TurboQuant format"
+        raise refuse(FLAG, dtype, f"{reason}; allowed are models with plain multi-head or grouped-query attention", _PLAIN)
+    if model.runner_type == "pooling" and getattr(model, "attn_type", "decoder") != "decoder":
+        raise refuse(FLAG, dtype, f"model {model.model} is encoder-only and keeps no KV cache", _PLAIN)
+    if model.is_mm_prefix_lm:
+        reason = f"model {model.model} attends to images bidirectionally (multimodal prefix), which is not computed"
+        raise refuse(FLAG, dtype, reason, _PLAIN)
+    if getattr(model.hf_text_config, "alibi", False):
+        raise refuse(FLAG, dtype, f"model {model.model} uses ALiBi position biases, which are not computed", _PLAIN)
+    size = model.get_head_size()
+    if size % HEAD_SIZE_STEP or not MIN_HEAD_SIZE <= size <= MAX_HEAD_SIZE:
+        allowed = f"multiples of {HEAD_SIZE_STEP} from {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE}"
+        raise refuse(FLAG, dtype, f"model {model.model} has head size {size}; allowed are {allowed}", _PLAIN)
+
+
+def check_engine_args(args: Any, model: Any, platform: Any) -> None:
+    """Raises TurboQuantError for what cannot be served.
+
+    args: vLLM's EngineArgs. model: the ModelConfig made from it. platform: ``vllm.platforms.current_platform``. Other
+    dtypes pass untouched, but for vLLM's own TurboQuant names on a CPU.
+    """
+    dtype = args.kv_cache_dtype
+    check_dtype_name(dtype, on_cpu=platform.is_cpu())
+    draft = (args.speculative_config or {}).get("kv_cache_dtype") if isinstance(args.speculative_config, dict) else None
+    if draft is not None:
+        check_dtype_name(draft, on_cpu=platform.is_cpu())
+    if not is_ours(dtype):
+        return
+    TurboQuantSettings.from_additional_config(args.additional_config)
+    _check_platform(dtype, platform)
+    _check_options(dtype, args)
+    _check_model(dtype, model)
