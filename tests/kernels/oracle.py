@@ -1,0 +1,112 @@
+"""Slow, independent attention in float64 over the *decoded* cache: one token, one head, one score at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from vllm_turboquant.kernels.format import PageFormat
+from vllm_turboquant.kernels.reference import load
+from vllm_turboquant.kernels.rotation import rotation
+
+
+@dataclass
+class Batch:
+    """A paged batch as vLLM hands it over."""
+
+    fmt: PageFormat
+    cache: torch.Tensor  # uint8 [B, H, N, C]
+    block_table: torch.Tensor  # int32 [R, blocks]
+    seq_lens: torch.Tensor  # int32 [R]
+    query_start_loc: torch.Tensor  # int32 [R + 1]
+    query: torch.Tensor  # float64 [T, Hq, d]
+    keys: list[torch.Tensor]  # per request [L, Hk, d]
+    values: list[torch.Tensor]
+
+
+def decoded(batch: Batch, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a request in the model's own basis, token by token through the block table."""
+    size = batch.cache.shape[2]
+    keys, values = [], []
+    for position in range(int(batch.seq_lens[request])):
+        block = batch.block_table[request, position // size].to(torch.int64)
+        k, v = load(batch.cache, block[None], batch.fmt)
+        keys.append(k[position % size])
+        values.append(v[position % size])
+    turn = torch.eye(batch.fmt.head_size, dtype=torch.float64)
+    if batch.fmt.preset.key.bits != 32:
+        turn = rotation(batch.fmt.head_size)
+    return torch.stack(keys) @ turn, torch.stack(values) @ turn
+
+
+def attend_slowly(
+    batch: Batch,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What attention over the decoded cache is, float64 ``[T, Hq, d]``."""
+    tokens, heads, head_size = batch.query.shape
+    group = heads // batch.cache.shape[1]
+    out = torch.zeros(tokens, heads, head_size, dtype=torch.float64)
+    for request, length in enumerate(batch.seq_lens.tolist()):
+        start, end = batch.query_start_loc[request : request + 2].tolist()
+        if end == start or length == 0:
+            continue
+        keys, values = decoded(batch, request)
+        for row in range(start, end):
+            position = length - (end - row)
+            first = 0 if window is None else max(0, position - window + 1)
+            for head in range(heads):
+                k, v = keys[first : position + 1, head // group], values[first : position + 1, head // group]
+                scores = (k * batch.query[row, head]).sum(-1) * scale
+                if soft_cap is not None:
+                    scores = soft_cap * torch.tanh(scores / soft_cap)
+                logits = scores if sinks is None else torch.cat([scores, sinks[head].double()[None]])
+                weights = torch.softmax(logits, 0)[: len(scores)]
+                out[row, head] = (weights[:, None] * v).sum(0)
+    return out
+
+
+def make_batch(
+    fmt: PageFormat,
+    lengths: list[int],
+    query_lengths: list[int],
+    kv_heads: int,
+    group: int,
+    block_size: int,
+    seed: int,
+    poison: int = 0xFF,
+) -> Batch:
+    """Random requests, stored through random block tables into a pool whose every other byte is ``poison``.
+
+    The pool is a padded view with a storage offset, so that recomputed strides show.
+    """
+    from vllm_turboquant.kernels.reference import store
+
+    g = torch.Generator().manual_seed(seed)
+    per_request = [math.ceil(length / block_size) for length in lengths]
+    total = sum(per_request) + 3
+    width = max([*per_request, 1]) + 2
+    slot = fmt.slot_bytes
+    head_stride, offset = block_size * slot + 32, 48
+    block_stride = kv_heads * head_stride + 64
+    pool = torch.full((offset + total * block_stride,), poison, dtype=torch.uint8)
+    cache = pool.as_strided((total, kv_heads, block_size, slot), (block_stride, head_stride, slot, 1), offset)
+    order = torch.randperm(total, generator=g)[: sum(per_request)].to(torch.int32)
+    table = torch.full((len(lengths), width), 2**30 if poison else 0, dtype=torch.int32)
+    keys, values, taken = [], [], 0
+    for request, (length, blocks) in enumerate(zip(lengths, per_request, strict=True)):
+        table[request, :blocks] = order[taken : taken + blocks]
+        taken += blocks
+        k, v = (torch.randn(length, kv_heads, fmt.head_size, generator=g, dtype=torch.float64) for _ in range(2))
+        position = torch.arange(length)
+        slots = table[request, position // block_size].to(torch.int64) * block_size + position % block_size
+        store(k, v, cache, slots, fmt)
+        keys.append(k)
+        values.append(v)
+    starts = torch.tensor([0, *torch.tensor(query_lengths).cumsum(0).tolist()], dtype=torch.int32)
+    query = torch.randn(int(starts[-1]), kv_heads * group, fmt.head_size, generator=g, dtype=torch.float64)
+    return Batch(fmt, cache, table, torch.tensor(lengths, dtype=torch.int32), starts, query, keys, values)
