@@ -53,33 +53,33 @@ def encode(y: torch.Tensor, bits: int, scale: str = "unbiased") -> tuple[torch.T
     """
     if scale not in SCALE_RULES:
         raise ValueError(f"unknown scale rule {scale!r}; allowed are {', '.join(SCALE_RULES)}")
-    levels = LEVELS[bits]
+    positive = torch.tensor(LEVELS[bits], dtype=y.dtype, device=y.device)
+    thresholds = (positive[1:] + positive[:-1]) / 2
     finite = torch.isfinite(y).all(-1)
     y = torch.where(finite[..., None], y, 0.0)
     energy = (y * y).sum(-1)
     unit = (energy / y.shape[-1]).sqrt() / LEVELS_PER_SIGMA[bits]
-    safe = torch.where(unit > 0, unit, 1.0)
-    best_cos = torch.full_like(energy, -1.0)
-    best_codes = torch.zeros_like(y, dtype=torch.int32)
-    best_dot, best_norm = torch.ones_like(energy), torch.ones_like(energy)
-    for factor in SCALE_CANDIDATES:
-        codes = quantise(y / (factor * safe)[..., None], levels)
-        level = dequantise(codes, levels, y.dtype)
-        dot, norm = (y * level).sum(-1), (level * level).sum(-1)
-        cosine = dot / norm.sqrt()  # of one vector's candidates, |y| is common
-        better = cosine > best_cos
-        best_cos = torch.where(better, cosine, best_cos)
-        best_codes = torch.where(better[..., None], codes, best_codes)
-        best_dot, best_norm = torch.where(better, dot, best_dot), torch.where(better, norm, best_norm)
-    nonzero = energy > 0
-    best_dot = torch.where(nonzero, best_dot, 1.0)
+    nonzero = unit > 0
+    magnitude = y.abs() / torch.where(nonzero, unit, 1.0)[..., None]
+
+    def nearest(factor: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        index = torch.bucketize(magnitude / factor, thresholds, out_int32=True)
+        level = positive[index]
+        return index, (magnitude * level).sum(-1), (level * level).sum(-1)
+
+    factors = torch.tensor(SCALE_CANDIDATES, dtype=y.dtype, device=y.device)
+    trials = [nearest(factor)[1:] for factor in SCALE_CANDIDATES]
+    # |y| is common to all candidates of a vector, so the largest <y, c> / |c| is the largest cosine.
+    best = torch.stack([dot / norm.sqrt() for dot, norm in trials]).argmax(0)
+    index, dot, norm = nearest(factors[best][..., None])
     if scale == "unbiased":
-        stored = energy / best_dot
+        stored = energy / torch.where(nonzero, dot * unit, 1.0)
     elif scale == "norm":
-        stored = (energy / best_norm).sqrt()
+        stored = (energy / norm).sqrt()
     else:
-        stored = torch.where(nonzero, best_dot / best_norm, 0.0)
-    return best_codes, to_fp16(torch.where(finite, stored, math.nan))
+        stored = dot * unit / norm
+    codes = index + (y < 0).to(torch.int32) * len(positive)
+    return codes, to_fp16(torch.where(finite, stored, math.nan))
 
 
 def sketch(r: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

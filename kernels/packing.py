@@ -6,9 +6,10 @@ from functools import lru_cache
 
 import torch
 
-from .format import UNIT_TOKENS, PageFormat, Plane
+from .format import SCALE_BYTES, UNIT_TOKENS, PageFormat, Plane
 
 _WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_RUN_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @lru_cache(maxsize=None)
@@ -20,6 +21,21 @@ def _shifts(shifts: tuple[tuple[int, ...], tuple[int, ...]]) -> torch.Tensor:
 def unit_table(fmt: PageFormat, device: str = "cpu") -> torch.Tensor:
     """``token_bytes_table`` as int64 ``[16, C]``."""
     return torch.tensor(fmt.token_bytes_table, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=None)
+def _read_table(fmt: PageFormat, device: str) -> tuple[tuple[int, torch.Tensor], ...]:
+    """One gather per plane and one for the scalars: bytes that stay together, and int64 ``[16 * n]`` indices of such runs."""
+    widths = [plane.token_bytes for plane in fmt.planes] + [SCALE_BYTES * len(fmt.scalars) * fmt.groups]
+    tables = []
+    for columns in unit_table(fmt).split(widths, dim=1):
+        for run in (8, 4, 2, 1):
+            if columns.shape[1] % run == 0:
+                runs = columns.unflatten(1, (-1, run))
+                if not (runs[..., 0] % run).any() and torch.equal(runs, runs[..., :1] + torch.arange(run)):
+                    tables.append((run, (runs[..., 0] // run).flatten().to(device)))
+                    break
+    return tuple(tables)
 
 
 def pack_plane(plane: Plane, codes: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
@@ -80,8 +96,11 @@ def write_tokens(cache: torch.Tensor, slots: torch.Tensor, payload: torch.Tensor
     units[block[:, None, None], heads[None, :, None], unit[:, None, None], table[token][:, None, :]] = payload
 
 
-def read_tokens(cache: torch.Tensor, blocks: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
-    """uint8 ``[len(blocks) * block_size, H, C]``: every token of ``blocks`` (int64), bytes as `write_tokens` takes them."""
-    units = unit_view(cache, fmt)[blocks]  # [n, H, U, 16 C]
-    tokens = units[..., unit_table(fmt, str(cache.device)).flatten()].unflatten(-1, (UNIT_TOKENS, fmt.slot_bytes))
-    return tokens.permute(0, 2, 3, 1, 4).flatten(0, 2)
+def read_tokens(cache: torch.Tensor, blocks: torch.Tensor, fmt: PageFormat) -> list[torch.Tensor]:
+    """Every token of ``blocks`` (int64 ``[n]``): one uint8 ``[n * N, H, bytes]`` a plane, then one for all scalars."""
+    units = unit_view(cache, fmt)[blocks]  # [n, H, U, 16 C], a copy
+    pieces = []
+    for run, index in _read_table(fmt, str(cache.device)):
+        picked = units.view(_RUN_DTYPES[run])[..., index].unflatten(-1, (UNIT_TOKENS, -1)).view(torch.uint8)
+        pieces.append(picked.permute(0, 2, 3, 1, 4).flatten(0, 2))
+    return pieces

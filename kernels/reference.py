@@ -6,6 +6,7 @@ queries once and the output once, and never a cached token.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -81,12 +82,13 @@ def load(
 
     blocks: int64 ``[n]``. Returns two ``[n * N, H, d]`` in ``dtype``; float32 holds every level times scale exactly.
     """
-    payload = read_tokens(cache, blocks, fmt)
-    odd = (torch.arange(payload.shape[0], device=payload.device) % 2)[:, None].expand(-1, payload.shape[1])
-    sizes = [p.token_bytes for p in fmt.planes] + [2 * fmt.groups] * len(fmt.scalars)
-    pieces = list(payload.split(sizes, dim=-1))
-    raw_scalars = pieces[len(fmt.planes) :]
-    scalars = {k: x.contiguous().view(torch.float16) for k, x in zip(fmt.scalars, raw_scalars, strict=True)}
+    pieces = read_tokens(cache, blocks, fmt)
+    tokens, heads = pieces[0].shape[:2]
+    odd = (torch.arange(tokens, device=cache.device) % 2)[:, None].expand(-1, heads)
+    scalars: dict[str, torch.Tensor] = {}
+    if fmt.scalars:
+        numbers = pieces.pop().contiguous().view(torch.float16).unflatten(-1, (-1, fmt.groups))
+        scalars = dict(zip(fmt.scalars, numbers.unbind(-2), strict=True))
     sides = []
     for kind, codec, planes in (
         ("key", fmt.preset.key, fmt.key_planes),
@@ -97,7 +99,7 @@ def load(
             number = torch.float32 if codec.bits == 32 else torch.float8_e4m3fn
             sides.append(raw[0].contiguous().view(number).to(dtype))
             continue
-        codes = torch.stack([unpack_plane(p, x, odd) for p, x in zip(planes, raw, strict=True)]).sum(0)
+        codes = functools.reduce(torch.bitwise_or, [unpack_plane(p, x, odd) for p, x in zip(planes, raw, strict=True)])
         side = [scalars[kind], *([scalars["sketch_norm"]] if codec.sketch else [])]
         sides.append(decode_vectors(codes, side, codec, _sketch(fmt, codec, seed), dtype))
     return sides[0], sides[1]
