@@ -60,7 +60,9 @@ def unpack_plane(plane: Plane, raw: torch.Tensor, odd: torch.Tensor) -> torch.Te
     codes: torch.Tensor | None = None
     for field in plane.fields:
         shift = _shifts(field.shifts).to(raw.device)[odd].unsqueeze(-2)
-        part = ((words >> shift) & field.mask) << field.place
+        part = (words >> shift) & field.mask
+        if field.place:
+            part = part << field.place
         codes = part if codes is None else codes | part
     assert codes is not None, "plane holds whole numbers, not codes"
     return codes.flatten(-2)

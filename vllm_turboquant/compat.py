@@ -6,6 +6,7 @@
 | C | ``AttentionBackendEnum`` | official `register_backend` | same | a layer looks its backend up by name | never: official |
 | D | ``Platform.get_attn_backend_cls`` | wrap | wrap | no hook selects a backend by KV-cache dtype | vLLM has one |
 | E | ``EngineArgs.create_model_config`` | wrap | wrap | refuse what cannot be served before processes start | vLLM validates custom dtypes |
+| F | ``FlexibleArgumentParser._check_value`` | extend | - | argparse's own line offers names that are refused, and no remedy | 0.32 is dropped |
 | H | ``sys.excepthook`` | chain | chain | a refusal ends in its sentence, not in a traceback | vLLM prints config errors so |
 
 All are applied together or not at all: first every structural check, then every patch. The dtype name is the only
@@ -15,6 +16,8 @@ Never dispatch on ``KVQuantMode``: upstream, CUSTOM and OCTAVE_K3V4 share the va
 
 from __future__ import annotations
 
+import argparse
+import atexit
 import functools
 import inspect
 import logging
@@ -24,7 +27,7 @@ from types import TracebackType
 from typing import Any, get_args
 
 from . import __version__
-from .config import FLAG, TurboQuantError, dtype_names, is_ours, refuse
+from .config import FLAG, TurboQuantError, check_dtype_name, dtype_names, is_ours, refuse, refuse_backend
 
 SUPPORTED = ("0.32", "0.33")
 logger = logging.getLogger("vllm.turboquant")  # below "vllm": formatted and filtered as vLLM's own lines
@@ -55,6 +58,7 @@ def activate() -> None:
     _active = True
     if series == "0.32":
         _extend_literal(dtype_names())
+        _check_dtype_argument()
     else:
         _register_dtypes(dtype_names())
     _register_backend()
@@ -64,14 +68,14 @@ def activate() -> None:
 
 
 def _log_inactive(reason: str) -> None:
-    logger.error(
-        "vllm-turboquant %s is inactive: %s; %s turboquant is not available; supported are vLLM %s: install one of them, for "
-        "example with pip install 'vllm==0.33.*'.",
-        __version__,
-        reason,
-        FLAG,
-        " and ".join(SUPPORTED),
+    sentence = (
+        f"vllm-turboquant {__version__} is inactive: {reason}; {FLAG} turboquant is not available; supported are vLLM "
+        f"{' and '.join(SUPPORTED)}: install one of them, for example with pip install 'vllm==0.33.*'."
     )
+    logger.error(sentence)
+    if any(is_ours(argument.rpartition("=")[2]) for argument in sys.argv):
+        # vLLM is about to stop at the unknown name, by a traceback in 0.33; what to do about it shall come last.
+        atexit.register(print, f"vllm: error: {sentence}", file=sys.stderr)
 
 
 def structural_problems(series: str) -> list[str]:
@@ -79,7 +83,7 @@ def structural_problems(series: str) -> list[str]:
     import vllm.config.cache as cache
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
-    from vllm.utils import torch_utils
+    from vllm.utils import argparse_utils, torch_utils
     from vllm.v1.attention.backend import AttentionBackend
     from vllm.v1.attention.backends import registry
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -96,7 +100,9 @@ def structural_problems(series: str) -> list[str]:
         "STR_DTYPE_TO_TORCH_DTYPE": hasattr(torch_utils, "STR_DTYPE_TO_TORCH_DTYPE"),
         "CacheDType": "auto" in get_args(getattr(cache, "CacheDType", None)),
     }
-    if series != "0.32":
+    if series == "0.32":
+        needed["FlexibleArgumentParser"] = hasattr(argparse_utils, "FlexibleArgumentParser")
+    else:
         needed["register_kv_cache_dtype"] = hasattr(cache, "register_kv_cache_dtype")
     return [name for name, found in needed.items() if not found]
 
@@ -117,6 +123,25 @@ def _extend_literal(names: tuple[str, ...]) -> None:
     for config in (CacheConfig, SpeculativeConfig):
         rebuild_dataclass(config, force=True)  # type: ignore[arg-type]
     arg_utils._compute_kwargs.cache_clear()
+
+
+def _check_dtype_argument() -> None:
+    """Patch F, 0.32, whose argparse rejects unknown names before patch E can."""
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    original: Any = FlexibleArgumentParser._check_value
+
+    @functools.wraps(original)
+    def _check_value(self: Any, action: argparse.Action, value: Any) -> None:
+        if FLAG in action.option_strings and isinstance(value, str):
+            try:
+                check_dtype_name(value, on_cpu=current_platform.is_cpu())
+            except TurboQuantError as error:
+                raise argparse.ArgumentError(None, str(error)) from error
+        original(self, action, value)
+
+    FlexibleArgumentParser._check_value = _check_value  # type: ignore[method-assign]
 
 
 def _register_dtypes(names: tuple[str, ...]) -> None:
@@ -161,6 +186,8 @@ def _wrap_backend_selection() -> None:
         dtype = attn_selector_config.kv_cache_dtype
         if not is_ours(dtype):
             return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
+        if selected_backend is not None:
+            raise refuse_backend(dtype, selected_backend)
         from .backend import backend_class
 
         backend = backend_class(dtype)

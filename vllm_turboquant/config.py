@@ -39,6 +39,17 @@ def refuse(flag: str, value: object, reason: str, remedy: str) -> TurboQuantErro
     return TurboQuantError(f"{flag} {value}: {reason}; {remedy}.")
 
 
+def refuse_backend(kv_cache_dtype: str, backend: object) -> TurboQuantError:
+    """An attention backend was asked for explicitly, by whatever option of vLLM."""
+    name = getattr(backend, "name", backend)
+    return refuse(
+        FLAG,
+        kv_cache_dtype,
+        f"selects its own attention backend and cannot be combined with --attention-backend {name}; allowed is none",
+        "drop --attention-backend",
+    )
+
+
 @dataclass(frozen=True)
 class TurboQuantSettings:
     """``--additional-config '{"turboquant": {...}}'``.

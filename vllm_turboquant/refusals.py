@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import FLAG, TurboQuantSettings, check_dtype_name, is_ours, refuse
+from .config import FLAG, TurboQuantSettings, check_dtype_name, is_ours, refuse, refuse_backend
 from .kernels.format import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE
 
 MIN_CAPABILITY = (8, 0)
+# These always use ALiBi and say so nowhere in their configuration.
+ALIBI_ARCHITECTURES = ("BloomForCausalLM", "Step1ForCausalLM")
 _PLAIN = "serve this model with --kv-cache-dtype auto"
 
 
@@ -29,21 +31,34 @@ def _check_options(dtype: str, args: Any) -> None:
     ):
         if value is not None and value > 1:
             raise refuse(FLAG, dtype, f"cannot be combined with {flag} {value}; allowed is 1", f"drop {flag} or use --kv-cache-dtype auto")
-    if args.attention_backend is not None:
+    attention = args.attention_config
+    for backend in (args.attention_backend, attention.backend, *attention.backend_per_kind.values()):
+        if backend is not None:
+            raise refuse_backend(dtype, backend)
+    for connector in _connectors(args.kv_transfer_config):
+        if "lmcache" in connector.lower():
+            raise refuse(
+                FLAG,
+                dtype,
+                f"cannot be combined with --kv-transfer-config's {connector}, which computes page sizes of its own",
+                "use another connector or --kv-cache-dtype auto",
+            )
+    if args.kv_offloading_size is not None and args.kv_offloading_backend == "lmcache":
         raise refuse(
             FLAG,
             dtype,
-            f"selects its own attention backend and cannot be combined with --attention-backend {args.attention_backend}",
-            "drop --attention-backend",
+            "cannot be combined with --kv-offloading-backend lmcache, which computes page sizes of its own; allowed is native",
+            "use --kv-offloading-backend native",
         )
-    connector = getattr(args.kv_transfer_config, "kv_connector", None)
-    if connector is not None and "lmcache" in connector.lower():
-        raise refuse(
-            FLAG,
-            dtype,
-            f"cannot be combined with --kv-transfer-config's {connector}, which computes page sizes of its own",
-            "use another connector or --kv-cache-dtype auto",
-        )
+
+
+def _connectors(config: Any) -> list[str]:
+    """The names in a KVTransferConfig or its dict, those inside a MultiConnector included."""
+    if config is None:
+        return []
+    get = config.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
+    inner = (get("kv_connector_extra_config") or {}).get("connectors") or []
+    return [name for name in [get("kv_connector")] if name] + [name for one in inner for name in _connectors(one)]
 
 
 def _check_model(dtype: str, model: Any) -> None:
@@ -59,7 +74,7 @@ def _check_model(dtype: str, model: Any) -> None:
     if model.is_mm_prefix_lm:
         reason = f"model {model.model} attends to images bidirectionally (multimodal prefix), which is not computed"
         raise refuse(FLAG, dtype, reason, _PLAIN)
-    if getattr(model.hf_text_config, "alibi", False):
+    if getattr(model.hf_text_config, "alibi", False) or model.architecture in ALIBI_ARCHITECTURES:
         raise refuse(FLAG, dtype, f"model {model.model} uses ALiBi position biases, which are not computed", _PLAIN)
     size = model.get_head_size()
     if size % HEAD_SIZE_STEP or not MIN_HEAD_SIZE <= size <= MAX_HEAD_SIZE:
