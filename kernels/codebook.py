@@ -7,6 +7,7 @@ index`` with ``LEVELS[bits][index]`` ascending, so every codebook is symmetric.
 
 from __future__ import annotations
 
+import itertools
 import math
 from statistics import NormalDist
 
@@ -29,7 +30,7 @@ _NORMAL = NormalDist()
 
 
 def _midpoints(levels: list[float]) -> list[float]:
-    return [0.0, *((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)), math.inf]
+    return [0.0, *((a + b) / 2 for a, b in itertools.pairwise(levels)), math.inf]
 
 
 def _mass(a: float, b: float) -> float:
@@ -49,7 +50,7 @@ def lloyd_max(bits: int, iterations: int = 5000) -> list[float]:
     levels = [_NORMAL.inv_cdf(0.5 + (i + 0.5) / (2 * n)) for i in range(n)]
     for _ in range(iterations):
         edges = _midpoints(levels)
-        levels = [_first_moment(a, b) / _mass(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        levels = [_first_moment(a, b) / _mass(a, b) for a, b in itertools.pairwise(edges)]
     return levels
 
 

@@ -17,7 +17,7 @@ per token are proportional to the head size among the layers of one model (``sca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from math import gcd
 
 FORMAT_VERSION = 1
@@ -169,7 +169,7 @@ class PageFormat:
         fragments = is_value and _has_fragments(self.head_size)
         for bits in widths:
             dims = min(32 // bits, self.head_size // 8) if fragments else 32 // bits
-            while self.head_size % dims:
+            while self.scale_group % dims:  # no word holds dims of two groups
                 dims //= 2
             fields = _fields(bits, dims, place, is_value)
             planes.append(Plane(offset, self.head_size, bits, dims, fragments, fields))
@@ -243,7 +243,7 @@ def scale_group(*head_sizes: int) -> int:
     return max(g for g in range(HEAD_SIZE_STEP, MAX_SCALE_GROUP + 1, HEAD_SIZE_STEP) if common % g == 0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def page_format(preset: str, head_size: int, group: int | None = None) -> PageFormat:
     """The layout of ``preset`` (a dtype name) at ``head_size``; ``group`` defaults to that of a one-size model.
 

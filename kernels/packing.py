@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -12,18 +12,18 @@ _WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _RUN_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shifts(shifts: tuple[tuple[int, ...], tuple[int, ...]]) -> torch.Tensor:
     return torch.tensor(shifts, dtype=torch.int32, device="cpu")
 
 
-@lru_cache(maxsize=None)
+@cache
 def unit_table(fmt: PageFormat, device: str = "cpu") -> torch.Tensor:
     """``token_bytes_table`` as int64 ``[16, C]``."""
     return torch.tensor(fmt.token_bytes_table, dtype=torch.int64, device=device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read_table(fmt: PageFormat, device: str) -> tuple[tuple[int, torch.Tensor], ...]:
     """One gather per plane and one for the scalars: bytes that stay together, and int64 ``[16 * n]`` indices of such runs."""
     widths = [plane.token_bytes for plane in fmt.planes] + [SCALE_BYTES * len(fmt.scalars) * fmt.groups]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -30,7 +30,7 @@ def hartley(n: int) -> torch.Tensor:
     return (torch.cos(angle) + torch.sin(angle)) / math.sqrt(n)
 
 
-@lru_cache(maxsize=None)
+@cache
 def rotation(head_size: int, seed: int = ROTATION_SEED) -> torch.Tensor:
     """Orthogonal float64 ``[d, d]``: ``y = R x`` spreads every coordinate of x over all of y.
 
@@ -43,7 +43,7 @@ def rotation(head_size: int, seed: int = ROTATION_SEED) -> torch.Tensor:
     return torch.kron(hadamard(power), hartley(head_size // power)) * signs
 
 
-@lru_cache(maxsize=None)
+@cache
 def sketch_matrix(size: int, seed: int = ROTATION_SEED) -> torch.Tensor:
     """S of Algorithm 2: float64 ``[size, size]``, independent N(0, 1) entries."""
     stream = random.Random(f"turboquant-sketch/{size}/{seed}")

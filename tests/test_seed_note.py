@@ -6,6 +6,7 @@ The note's own arithmetic is written out here in plain torch; every step of ours
 import math
 
 import torch
+
 from vllm_turboquant.kernels.codec import dequantise, quantise, sketch, unsketch
 
 # fp32 sums of at most 8 terms in another order

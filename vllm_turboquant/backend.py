@@ -11,8 +11,16 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from .config import FLAG, refuse
 from .impl import TurboQuantImpl, model_scale_group
-from .kernels.format import DEBUG_PRESETS, DEFAULT_PRESET, HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE, PRESETS, UNIT_TOKENS
-from .kernels.format import page_format
+from .kernels.format import (
+    DEBUG_PRESETS,
+    DEFAULT_PRESET,
+    HEAD_SIZE_STEP,
+    MAX_HEAD_SIZE,
+    MIN_HEAD_SIZE,
+    PRESETS,
+    UNIT_TOKENS,
+    page_format,
+)
 from .metadata import TurboQuantMetadataBuilder
 from .refusals import MIN_CAPABILITY
 

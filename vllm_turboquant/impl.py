@@ -53,7 +53,12 @@ class TurboQuantImpl(AttentionImpl):
         sinks: torch.Tensor | None = None,
     ) -> None:
         if alibi_slopes is not None:
-            raise refuse(FLAG, self.preset, "ALiBi position biases are not computed", "serve this model with --kv-cache-dtype auto")
+            raise refuse(
+                FLAG,
+                self.preset,
+                "ALiBi position biases are not computed",
+                "serve this model with --kv-cache-dtype auto",
+            )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

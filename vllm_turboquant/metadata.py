@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 
 from .config import FLAG, refuse
 

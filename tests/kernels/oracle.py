@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+
 from vllm_turboquant.kernels.format import PageFormat
 from vllm_turboquant.kernels.reference import load
 from vllm_turboquant.kernels.rotation import rotation

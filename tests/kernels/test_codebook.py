@@ -1,6 +1,7 @@
 """Codebooks: the tables are what the derivation gives, and Lloyd-Max meets its published error."""
 
 import pytest
+
 from vllm_turboquant.kernels.codebook import LEVELS, LEVELS_PER_SIGMA, distortion, e4m3_levels, lloyd_max, round_to_e4m3
 
 # Mean squared error of the Lloyd-Max quantiser of N(0, 1), Max 1960 / arXiv 2504.19874 (untruncated).

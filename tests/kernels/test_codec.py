@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_turboquant.kernels.codec import FP16_MAX, encode, to_e4m3
 from vllm_turboquant.kernels.format import PRESETS, page_format
 from vllm_turboquant.kernels.reference import load, roundtrip, store

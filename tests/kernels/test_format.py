@@ -1,9 +1,11 @@
 """The byte layout: permutations, contracts, and the published k4v4 order written out a second time by hand."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+
 from vllm_turboquant.kernels import format as fmt_module
 from vllm_turboquant.kernels.codebook import LEVELS
 from vllm_turboquant.kernels.format import DEBUG_PRESETS, PRESETS, page_format, scale_group
@@ -29,10 +31,7 @@ def test_every_bit_of_a_word_belongs_to_exactly_one_dim(preset, head_size):
     for plane in page_format(preset, head_size).planes:
         for parity in (0, 1) if plane.fields else ():
             bits = [
-                shift + bit
-                for field in plane.fields
-                for shift in field.shifts[parity]
-                for bit in range(field.mask.bit_length())
+                shift + bit for field in plane.fields for shift in field.shifts[parity] for bit in range(field.mask.bit_length())
             ]
             assert sorted(bits) == list(range(8 * plane.word_bytes)), (plane, parity)
 
@@ -60,12 +59,12 @@ def test_bytes_are_proportional_to_head_size_within_a_model(preset, sizes):
 
 @pytest.mark.parametrize("head_size", (0, 8, 72, 100, 592, 1024))
 def test_head_sizes_without_format_are_named(head_size):
-    with pytest.raises(ValueError, match=f"head size {head_size} .*multiples of 16"):
+    with pytest.raises(ValueError, match=rf"head size {head_size} .*multiples of 16"):
         page_format("turboquant", head_size)
 
 
 def test_unknown_presets_are_named():
-    with pytest.raises(ValueError, match="'turboquant-k5v5'.*allowed are turboquant, turboquant-k8v4"):
+    with pytest.raises(ValueError, match=r"'turboquant-k5v5'.*allowed are turboquant, turboquant-k8v4"):
         page_format("turboquant-k5v5", 128)
 
 
@@ -121,5 +120,5 @@ def test_the_default_format_is_the_published_one(seed):
 
 
 def test_format_imports_no_torch():
-    source = open(fmt_module.__file__).read()
+    source = Path(fmt_module.__file__).read_text()
     assert "import torch" not in source

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 from vllm_turboquant.kernels.packing import pack_plane, read_tokens, unit_view, unpack_plane, write_tokens
 from vllm_turboquant.kernels.reference import attend, load, store
@@ -13,9 +14,7 @@ ROUNDING = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def run(batch: Batch, scale: float, **options) -> torch.Tensor:
-    return attend(
-        batch.query, batch.cache, batch.block_table, batch.seq_lens, batch.query_start_loc, batch.fmt, scale, **options
-    )
+    return attend(batch.query, batch.cache, batch.block_table, batch.seq_lens, batch.query_start_loc, batch.fmt, scale, **options)
 
 
 @pytest.mark.parametrize("preset", (*PRESETS, LOSSLESS_PRESET))
@@ -56,8 +55,7 @@ def test_bytes_that_a_request_does_not_own_never_matter(preset, window, seed):
     """Free blocks, padding, rows past the length and table entries past the length: 0xFF against 0, bit for bit."""
     fmt = page_format(preset, 96)
     poisoned, clean = (
-        run(make_batch(fmt, [0, 1, 17, 50, 64], [0, 1, 2, 4, 1], 2, 2, 32, seed, poison=p), 0.1, window=window)
-        for p in (0xFF, 0)
+        run(make_batch(fmt, [0, 1, 17, 50, 64], [0, 1, 2, 4, 1], 2, 2, 32, seed, poison=p), 0.1, window=window) for p in (0xFF, 0)
     )
     assert torch.equal(poisoned, clean)
     assert torch.isfinite(poisoned).all()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from vllm_turboquant.kernels.rotation import rotation, sketch_matrix
 
 HEAD_SIZES = (64, 80, 96, 112, 128, 160, 192, 256, 512, 576)

@@ -1,0 +1,76 @@
+# make serve   a language model on this machine, its KV cache in TurboQuant format
+# make test    every test this machine can run
+#
+# Both build .venv first; it needs Python 3.11 or later with venv, and package downloads.
+
+PYTHON ?= python3
+PORT ?= 8000
+KV_CACHE_DTYPE ?= turboquant
+# Further arguments for `vllm serve`, and for pytest.
+SERVE_ARGS ?=
+TEST_ARGS ?=
+# Which vLLM to install: auto (by nvidia-smi), cpu or cuda.
+DEVICE ?= auto
+# Where pip finds torch's CPU build: auto (PyTorch's own index if it answers), none, or a URL.
+TORCH_INDEX ?= auto
+# The version whose Python code the tests read, whatever is installed.
+VLLM_UNPACKED := 0.33.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+UNPACKED := $(VENV)/vllm-0.33
+TYPES := $(VENV)/types
+
+# vLLM compiles parts of its sampler on first use. Without a C++ compiler that kills the engine.
+ifeq ($(shell command -v c++ || command -v g++),)
+export TORCH_COMPILE_DISABLE := 1
+endif
+
+.PHONY: serve test test-quick setup demo-model lint typecheck format clean
+
+serve: setup
+	@$(BIN)/python deploy/serve.py --port $(PORT) --kv-cache-dtype $(KV_CACHE_DTYPE) $(SERVE_ARGS)
+
+test: setup demo-model $(UNPACKED)/.complete
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# Without the tests that start an engine.
+test-quick: setup $(UNPACKED)/.complete
+	$(BIN)/python -m pytest -m "not server and not gpu" $(TEST_ARGS)
+
+setup: $(VENV)/.project
+
+demo-model: setup
+	@$(BIN)/python -m vllm_turboquant.demo
+
+# Each stamp is written last, so an interrupted installation is taken up again.
+$(VENV)/.vllm: deploy/install.py deploy/cpu/vllm-metadata/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python deploy/install.py --device $(DEVICE) --torch-index "$(TORCH_INDEX)"
+	@touch $@
+
+$(VENV)/.project: $(VENV)/.vllm pyproject.toml
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[demo,test,dev]'
+	@touch $@
+
+$(UNPACKED)/.complete: $(VENV)/.vllm deploy/unpack_vllm.py
+	$(BIN)/python deploy/unpack_vllm.py $(VLLM_UNPACKED) $(UNPACKED)
+	@touch $@
+
+lint: setup typecheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy finds packages by folder, and kernels/ lies elsewhere than it is installed: show mypy the
+# installed shape, out of links.
+typecheck: setup
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)/vllm_turboquant
+	@ln -s $(CURDIR)/vllm_turboquant/*.py $(CURDIR)/kernels $(TYPES)/vllm_turboquant/
+	cd $(TYPES) && ../bin/mypy --config-file ../../pyproject.toml -p vllm_turboquant
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
