@@ -26,8 +26,8 @@ def _rotate(x: torch.Tensor, fmt: PageFormat, codec: VectorCodec, seed: int, inv
     return x @ (matrix if inverse else matrix.T)
 
 
-def _sketch(fmt: PageFormat, codec: VectorCodec, seed: int) -> torch.Tensor | None:
-    return sketch_matrix(fmt.scale_group, seed) if codec.sketch else None
+def _sketch(fmt: PageFormat, codec: VectorCodec, seed: int, device: torch.device) -> torch.Tensor | None:
+    return sketch_matrix(fmt.scale_group, seed).to(device) if codec.sketch else None
 
 
 def _encode_side(
@@ -40,7 +40,7 @@ def _encode_side(
     y = _rotate(x.to(torch.float64), fmt, codec, seed)
     if codec.bits == 8:
         return [to_e4m3(y)], []
-    codes, scalars = encode_vectors(y, codec, fmt.scale_group, _sketch(fmt, codec, seed), scale)
+    codes, scalars = encode_vectors(y, codec, fmt.scale_group, _sketch(fmt, codec, seed, x.device), scale)
     return [pack_plane(plane, codes, odd) for plane in planes], scalars
 
 
@@ -101,7 +101,7 @@ def load(
             continue
         codes = functools.reduce(torch.bitwise_or, [unpack_plane(p, x, odd) for p, x in zip(planes, raw, strict=True)])
         side = [scalars[kind], *([scalars["sketch_norm"]] if codec.sketch else [])]
-        sides.append(decode_vectors(codes, side, codec, _sketch(fmt, codec, seed), dtype))
+        sides.append(decode_vectors(codes, side, codec, _sketch(fmt, codec, seed, cache.device), dtype))
     return sides[0], sides[1]
 
 

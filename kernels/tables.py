@@ -12,7 +12,7 @@ from .format import UNIT_TOKENS, PageFormat, Plane, VectorCodec
 
 
 def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return 1 << max(n - 1, 0).bit_length()
 
 
 # What a Triton kernel needs to know of a plane, as compile-time integers: words a token, dims and bytes a word, where the

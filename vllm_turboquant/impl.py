@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from .config import FLAG, refuse
@@ -52,6 +53,9 @@ class TurboQuantImpl(AttentionImpl):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
+        if kv_sharing_target_layer_name is not None and current_platform.is_cuda():
+            reason = "layers that share another layer's cache are not computed on a GPU yet"
+            raise refuse(FLAG, self.preset, reason, "serve this model with --kv-cache-dtype auto")
         if alibi_slopes is not None:
             raise refuse(
                 FLAG,
@@ -75,6 +79,15 @@ class TurboQuantImpl(AttentionImpl):
         """Known once all layers of the model exist, which is before the first token."""
         return page_format(self.preset, self.head_size, model_scale_group(self.head_size))
 
+    @cached_property
+    def flash_attention(self) -> int:
+        """The version of FlashAttention that prefills use."""
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+        version = get_flash_attn_version(head_size=self.head_size)
+        assert version is not None, "checked at start-up"
+        return version
+
     def do_kv_cache_update(
         self,
         layer: torch.nn.Module,
@@ -84,7 +97,12 @@ class TurboQuantImpl(AttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Stores new tokens: key, value ``[T', Hk, d]``, pages uint8 ``[B, Hk, N, C]``, slot_mapping int64 ``[T]``."""
-        reference.store(key, value, kv_cache, slot_mapping, self.format)
+        if key.is_cuda:
+            from .kernels.store import store
+
+            store(key, value, kv_cache, slot_mapping, self.format)
+        else:
+            reference.store(key, value, kv_cache, slot_mapping, self.format)
 
     def forward(
         self,
@@ -102,14 +120,27 @@ class TurboQuantImpl(AttentionImpl):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantization is not offered by this backend")
         if attn_metadata is None:
+            if query.is_cuda:
+                from .workspace import reserve
+
+                reserve(get_current_vllm_config())
             return output.fill_(0)
         tokens = attn_metadata.num_actual_tokens
+        q = query[:tokens].view(tokens, self.num_heads, self.head_size)
+        out = output[:tokens].view(tokens, self.num_heads, self.head_size)
+        if query.is_cuda:
+            self._forward_gpu(q, key, value, kv_cache, attn_metadata, out)
+        else:
+            self._forward_cpu(q, kv_cache, attn_metadata, out)
+        return output
+
+    def _forward_cpu(self, query: torch.Tensor, kv_cache: torch.Tensor, meta: TurboQuantMetadata, out: torch.Tensor) -> None:
         attended = reference.attend(
-            query[:tokens].view(tokens, self.num_heads, self.head_size),
+            query,
             kv_cache,
-            attn_metadata.block_table,
-            attn_metadata.seq_lens,
-            attn_metadata.query_start_loc,
+            meta.block_table,
+            meta.seq_lens,
+            meta.query_start_loc,
             self.format,
             self.scale,
             window=self.sliding_window,
@@ -117,5 +148,42 @@ class TurboQuantImpl(AttentionImpl):
             sinks=self.sinks,
             dtype=torch.float32,
         )
-        output[:tokens].copy_(attended.view_as(output[:tokens]))
-        return output
+        out.copy_(attended)
+
+    def _forward_gpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        meta: TurboQuantMetadata,
+        out: torch.Tensor,
+    ) -> None:
+        if meta.decodes:
+            from .kernels.combine import plan_decode
+            from .kernels.decode import decode
+            from .workspace import decode_scratch
+
+            n = meta.decode_tokens
+            plan = plan_decode(meta.decodes, n, self.num_heads, self.num_kv_heads, self.head_size, meta.max_query_len)
+            decode(
+                query[:n],
+                kv_cache,
+                meta.block_table[: meta.decodes],
+                meta.seq_lens[: meta.decodes],
+                meta.query_start_loc[: meta.decodes + 1],
+                out[:n],
+                decode_scratch(plan.floats),
+                self.format,
+                self.scale,
+                meta.max_query_len,
+                window=self.sliding_window,
+                soft_cap=self.logits_soft_cap,
+                sinks=self.sinks,
+            )
+        if meta.prefill is not None:
+            from .prefill import attend_prefill
+
+            assert key is not None and value is not None, "layers that share another's cache are refused on a GPU"
+            rows = slice(meta.prefill.start, meta.prefill.start + meta.prefill.tokens)
+            attend_prefill(self, meta.prefill, query[rows], key[rows], value[rows], kv_cache, meta.block_table, out[rows])

@@ -1,4 +1,4 @@
-"""Per-batch metadata: references to vLLM's own tensors, nothing computed from lengths on the host."""
+"""Per-batch metadata: references to vLLM's own tensors, and for prefills a plan made once a step for all layers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.attention.backend import (
-    AttentionCGSupport,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .config import FLAG, refuse
+from .prefill import PrefillPlan, plan_prefill
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -25,10 +23,11 @@ logger = init_logger("vllm.turboquant")
 
 @dataclass
 class TurboQuantMetadata(AttentionMetadata):
-    """What one forward pass needs.
+    """What one forward pass needs. Requests stand decodes first: ``decodes`` of them, with ``decode_tokens`` tokens.
 
     query_start_loc: int32 ``[R + 1]``. seq_lens: int32 ``[R]``, new tokens included. block_table: int32 ``[R, blocks]``.
-    slot_mapping: int64 ``[T]``, -1 for padding.
+    slot_mapping: int64 ``[T]``, -1 for padding. max_query_len: a bound for decodes, the same in every step. prefill: None
+    without prefills and on a CPU, where one path serves all.
     """
 
     num_actual_tokens: int
@@ -36,16 +35,32 @@ class TurboQuantMetadata(AttentionMetadata):
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
+    decodes: int
+    decode_tokens: int
+    max_query_len: int
+    prefill: PrefillPlan | None
 
 
 class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
-    _cudagraph_support = AttentionCGSupport.NEVER  # the reference path reads lengths on the host
+    # Metadata is references to persistent tensors, so a drafter's graph needs no refresh between its steps.
+    supports_draft_decode_metadata_update = True
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.on_gpu = device.type == "cuda"
         _log_compression(kv_cache_spec, vllm_config)
+        if self.on_gpu:
+            from .workspace import reserve
+
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+            reserve(vllm_config)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Uniform batches of 1 + K tokens replay from a graph; the CPU path reads lengths on the host."""
+        return AttentionCGSupport.UNIFORM_BATCH if current_platform.is_cuda() else AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -55,13 +70,26 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             dtype = self.vllm_config.cache_config.cache_dtype
             reason = "a layer of this model or its drafter attends without causal mask, which is not computed"
             raise refuse(FLAG, dtype, reason, "use another drafter or --kv-cache-dtype auto")
+        decodes, prefills, decode_tokens, prefill = common.num_reqs, 0, common.num_actual_tokens, None
+        threshold = self.reorder_batch_threshold or 1
+        if self.on_gpu:
+            decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
+        if prefills:
+            prefill = plan_prefill(common, decodes, self.device)
         return TurboQuantMetadata(
             num_actual_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
+            decodes=decodes,
+            decode_tokens=decode_tokens,
+            max_query_len=threshold,
+            prefill=prefill,
         )
+
+    def update_draft_decode_metadata(self, metadata: TurboQuantMetadata) -> None:
+        """Nothing to do: kernels read the persistent tensors themselves."""
 
 
 def _log_compression(spec: AttentionSpec, vllm_config: VllmConfig) -> None:

@@ -80,6 +80,7 @@ def make_batch(
     block_size: int,
     seed: int,
     poison: int = 0xFF,
+    device: str = "cpu",
 ) -> Batch:
     """Random requests, stored through random block tables into a pool whose every other byte is ``poison``.
 
@@ -94,10 +95,10 @@ def make_batch(
     slot = fmt.slot_bytes
     head_stride, offset = block_size * slot + 32, 48
     block_stride = kv_heads * head_stride + 64
-    pool = torch.full((offset + total * block_stride,), poison, dtype=torch.uint8)
+    pool = torch.full((offset + total * block_stride,), poison, dtype=torch.uint8, device=device)
     cache = pool.as_strided((total, kv_heads, block_size, slot), (block_stride, head_stride, slot, 1), offset)
     order = torch.randperm(total, generator=g)[: sum(per_request)].to(torch.int32)
-    table = torch.full((len(lengths), width), 2**30 if poison else 0, dtype=torch.int32)
+    table = torch.full((len(lengths), width), -1 if poison else 0, dtype=torch.int32)
     keys, values, taken = [], [], 0
     for request, (length, blocks) in enumerate(zip(lengths, per_request, strict=True)):
         table[request, :blocks] = order[taken : taken + blocks]
@@ -105,9 +106,11 @@ def make_batch(
         k, v = (torch.randn(length, kv_heads, fmt.head_size, generator=g, dtype=torch.float64) for _ in range(2))
         position = torch.arange(length)
         slots = table[request, position // block_size].to(torch.int64) * block_size + position % block_size
-        store(k, v, cache, slots, fmt)
+        k, v = k.to(device), v.to(device)
+        store(k, v, cache, slots.to(device), fmt)
         keys.append(k)
         values.append(v)
     starts = torch.tensor([0, *torch.tensor(query_lengths).cumsum(0).tolist()], dtype=torch.int32)
     query = torch.randn(int(starts[-1]), kv_heads * group, fmt.head_size, generator=g, dtype=torch.float64)
-    return Batch(fmt, cache, table, torch.tensor(lengths, dtype=torch.int32), starts, query, keys, values)
+    lengths_tensor = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return Batch(fmt, cache, table.to(device), lengths_tensor, starts.to(device), query.to(device), keys, values)

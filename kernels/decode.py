@@ -1,0 +1,228 @@
+"""Portable decode: attention of a few query tokens a request over compressed pages, split over the context.
+
+Every preset, head size and group size; query lengths up to ``max_query_len`` (speculative verification), causal among
+themselves; sliding window, sinks, soft cap. Lengths are read on the device and the grid depends on shapes alone, so a
+captured graph replays with other lengths and tables.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .combine import combine, plan_decode
+from .format import UNIT_TOKENS, PageFormat
+from .tables import next_power_of_2, side_tables
+from .transform import rotation_matrix, sketch_rotation, transform_rows
+from .vectors import codes_to_vectors, load_codes, load_scalars
+
+_ROWS = 64  # query rows a program holds at most
+
+
+@triton.jit(do_not_specialize=["kv_heads", "q_per_kv", "max_query_len", "splits"])
+def _decode_kernel(
+    q,
+    q_sketch,
+    partial,
+    partial_max,
+    partial_sum,
+    cache,
+    block_table,
+    seq_lens,
+    query_start_loc,
+    key_table,
+    key_scalars,
+    key_norms,
+    key_levels,
+    value_table,
+    value_scalars,
+    value_levels,
+    cache_stride_block,
+    cache_stride_head,
+    table_stride,
+    scale,
+    soft_cap,
+    kv_heads,
+    q_per_kv,
+    max_query_len,
+    splits,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    KEY_SKETCH: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    V2: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    UNIT_BYTES: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    split, head = tl.program_id(0), tl.program_id(1)
+    rows = q_per_kv * max_query_len
+    row_blocks = tl.cdiv(rows, BM)
+    request, row_block = tl.program_id(2) // row_blocks, tl.program_id(2) % row_blocks
+    length = tl.load(seq_lens + request)
+    q_start = tl.load(query_start_loc + request)
+    q_len = tl.minimum(tl.load(query_start_loc + request + 1) - q_start, max_query_len)
+
+    row = row_block * BM + tl.arange(0, BM)
+    query, member = row // q_per_kv, row % q_per_kv
+    asked = (query < q_len) & (row < rows)
+    position = length - q_len + query
+    d = tl.arange(0, DP)
+    source = ((q_start + query).to(tl.int64) * kv_heads + head) * q_per_kv + member
+    q_mask = asked[:, None] & (d < D)[None, :]
+    q_rows = tl.load(q + source[:, None] * D + d[None, :], mask=q_mask, other=0.0)
+    if KEY_SKETCH:
+        q_sketch_rows = tl.load(q_sketch + source[:, None] * D + d[None, :], mask=q_mask, other=0.0)
+
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - q_len - WINDOW + 1, 0) // 16 * 16
+    tiles = tl.cdiv(tl.maximum(length - first, 0), BN)
+    share = tl.cdiv(tiles, splits)
+    begin = first + split * share * BN
+    end = tl.minimum(begin + share * BN, length)
+
+    peak = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+    for start in range(begin, end, BN):
+        n = start + tl.arange(0, BN)
+        live = n < end
+        block = tl.load(block_table + request.to(tl.int64) * table_stride + n // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+        unit = cache + block * cache_stride_block + head.to(tl.int64) * cache_stride_head + n % BLOCK_SIZE // 16 * UNIT_BYTES
+        token = n % 16
+        codes = load_codes(unit, token, live, key_table, K0, K1, K2, BN, DP)
+        k = codes_to_vectors(codes, unit, token, live, key_scalars, key_levels, KEY_BITS, D, GROUP, DP)
+        scores = tl.dot(q_rows, tl.trans(k), input_precision=PRECISION)
+        if KEY_SKETCH:
+            signs = tl.where((codes >> KEY_BITS) > 0, -1.0, 1.0) * load_scalars(unit, token, live, key_norms, D, GROUP, DP)
+            signs = tl.where(live[:, None] & (d < D)[None, :], signs, 0.0)
+            scores += tl.dot(q_sketch_rows, tl.trans(signs), input_precision=PRECISION)
+        scores *= scale
+        if SOFT_CAP:
+            scores = soft_cap * (2.0 / (1.0 + tl.exp(-2.0 * scores / soft_cap)) - 1.0)
+        visible = live[None, :] & (n[None, :] <= position[:, None]) & asked[:, None]
+        if WINDOW > 0:
+            visible &= n[None, :] > position[:, None] - WINDOW
+        scores = tl.where(visible, scores, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        weights = tl.exp(scores - base[:, None])
+        shrink = tl.exp(peak - base)
+        total = total * shrink + tl.sum(weights, axis=1)
+        codes = load_codes(unit, token, live, value_table, V0, V1, V2, BN, DP)
+        v = codes_to_vectors(codes, unit, token, live, value_scalars, value_levels, VALUE_BITS, D, GROUP, DP)
+        acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
+        peak = new_peak
+
+    part = ((request.to(tl.int64) * kv_heads + head) * rows + row) * splits + split
+    tl.store(partial + part[:, None] * D + d[None, :], acc, mask=q_mask)
+    tl.store(partial_max + part, peak, mask=asked)
+    tl.store(partial_sum + part, total, mask=asked)
+
+
+def _precision(fmt: PageFormat, dtype: torch.dtype) -> str:
+    """tf32 keeps 10 mantissa bits: above bf16's rounding, below fp16's, for which three tf32 products stand in."""
+    if fmt.preset.key.bits == 32:
+        return "ieee"
+    return "tf32" if dtype == torch.bfloat16 else "tf32x3"
+
+
+def decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+    fmt: PageFormat,
+    scale: float,
+    max_query_len: int,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Attention of the last ``query_start_loc[r + 1] - query_start_loc[r]`` (at most ``max_query_len``) tokens of each request.
+
+    query: floating ``[T, Hq, d]``. cache: uint8 ``[B, Hk, N, C]``. block_table: int32 ``[R, *]``; entries past a length are
+    never read. seq_lens: int32 ``[R]``, query tokens included. query_start_loc: int32 ``[R + 1]``. out: floating ``[T, Hq, d]``,
+    rows of requests are written. scratch: fp32, at least ``plan_decode(...).floats`` elements, contents free.
+    """
+    tokens, heads, d = query.shape
+    _, kv_heads, block_size, slot = cache.shape
+    requests = seq_lens.shape[0]
+    assert slot == fmt.slot_bytes and d == fmt.head_size and block_size % UNIT_TOKENS == 0
+    assert cache.stride(3) == 1 and cache.stride(2) == slot and cache.stride(0) % 16 == 0 and cache.stride(1) % 16 == 0
+    assert query.stride(2) == 1 and out.stride(2) == 1 and block_table.stride(1) == 1 and scratch.dtype == torch.float32
+    plan = plan_decode(requests, tokens, heads, kv_heads, d, max_query_len)
+    sizes = [tokens * heads * d] * 3 + [plan.rows * d, plan.rows, plan.rows]
+    q, q_sketch, rotated, partial, partial_max, partial_sum = scratch[: plan.floats].split(sizes)
+    keys, values = (side_tables(fmt, kind, cache.device) for kind in ("key", "value"))
+    rotation = rotation_matrix(fmt, cache.device)
+    transform_rows(query, q.view(query.shape), rotation, transpose=True)
+    if keys.codec.sketch:
+        transform_rows(query, q_sketch.view(query.shape), sketch_rotation(fmt, cache.device), transpose=True)
+    dp, group = next_power_of_2(d), heads // kv_heads
+    rows = group * max_query_len
+    bm = min(_ROWS if dp <= 128 else 32 if dp <= 256 else 16, max(16, next_power_of_2(rows)))
+    # Not compiled in: one binary serves every model of a head size and preset.
+    shape = {"kv_heads": kv_heads, "q_per_kv": group, "max_query_len": max_query_len, "splits": plan.splits, "D": d, "DP": dp}
+    _decode_kernel[(plan.splits, kv_heads, requests * triton.cdiv(rows, bm))](
+        q,
+        q_sketch,
+        partial,
+        partial_max,
+        partial_sum,
+        cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        keys.table,
+        keys.scalars,
+        keys.norms,
+        keys.levels,
+        values.table,
+        values.scalars,
+        values.levels,
+        cache.stride(0),
+        cache.stride(1),
+        block_table.stride(0),
+        scale,
+        soft_cap or 0.0,
+        WINDOW=window or 0,
+        SOFT_CAP=bool(soft_cap),
+        KEY_BITS=keys.codec.bits,
+        KEY_SKETCH=keys.codec.sketch,
+        VALUE_BITS=values.codec.bits,
+        K0=keys.planes[0],
+        K1=keys.planes[1],
+        K2=keys.planes[2],
+        V0=values.planes[0],
+        V1=values.planes[1],
+        V2=values.planes[2],
+        GROUP=fmt.scale_group,
+        BLOCK_SIZE=block_size,
+        UNIT_BYTES=fmt.unit_bytes,
+        BM=bm,
+        BN=32 if dp <= 256 else 16,
+        PRECISION=_precision(fmt, out.dtype),
+        num_warps=4 if dp <= 128 else 8,
+        num_stages=1,
+        **shape,
+    )
+    combine(partial, partial_max, partial_sum, sinks, rotated, query_start_loc, seq_lens, plan)
+    transform_rows(rotated.view(query.shape), out, rotation, transpose=False)

@@ -1,0 +1,172 @@
+"""Store: rotate, search the scale, quantise and pack new tokens into their pages; K and V in one launch.
+
+The arithmetic of ``codec.encode`` in fp32. Codes equal the reference's except where two choices are closer than fp32
+rounding; scales to one ulp of fp16.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+from .codebook import LEVELS_PER_SIGMA, SCALE_CANDIDATES
+from .encode import store_side
+from .format import UNIT_TOKENS, PageFormat
+from .rotation import ROTATION_SEED, sketch_matrix
+from .tables import next_power_of_2, side_tables
+from .transform import rotation_matrix
+
+_TOKENS = 16
+# bf16 and fp32 inputs are brought down by an exact power of two, so that sums of the largest finite values stay finite.
+_PRESCALE = 2.0**-40
+
+
+@triton.jit
+def _store_kernel(
+    key,
+    value,
+    slot_mapping,
+    cache,
+    matrix,
+    sketch,
+    candidates,
+    key_table,
+    key_scalars,
+    key_norms,
+    key_levels,
+    value_table,
+    value_scalars,
+    value_levels,
+    tokens,
+    key_stride_token,
+    key_stride_head,
+    value_stride_token,
+    value_stride_head,
+    cache_stride_block,
+    cache_stride_head,
+    KEY_BITS: tl.constexpr,
+    KEY_SKETCH: tl.constexpr,
+    KEY_PER_SIGMA: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    VALUE_PER_SIGMA: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    V2: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    GP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    UNIT_BYTES: tl.constexpr,
+    BT: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    SIGNS: tl.constexpr,
+    PRE: tl.constexpr,
+):
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    head = tl.program_id(1) // (D // GROUP)
+    group = tl.program_id(1) % (D // GROUP)
+    slot = tl.load(slot_mapping + t, mask=t < tokens, other=-1).to(tl.int64)
+    live = slot >= 0
+    slot = tl.where(live, slot, 0)
+    block, position = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    unit = cache + block * cache_stride_block + head.to(tl.int64) * cache_stride_head + position // 16 * UNIT_BYTES
+    token = (position % 16).to(tl.int32)
+    t = t.to(tl.int64)
+    if tl.program_id(2) == 0:
+        x = key + t * key_stride_token + head * key_stride_head
+        store_side(
+            x, unit, token, live, matrix, sketch, key_table, key_scalars, key_norms, key_levels, candidates, group,
+            KEY_BITS, KEY_SKETCH, KEY_PER_SIGMA, K0, K1, K2, D, GROUP, GP, CANDIDATES, SIGNS, PRE,
+        )  # fmt: skip
+    else:
+        x = value + t * value_stride_token + head * value_stride_head
+        store_side(
+            x, unit, token, live, matrix, sketch, value_table, value_scalars, value_scalars, value_levels, candidates, group,
+            VALUE_BITS, False, VALUE_PER_SIGMA, V0, V1, V2, D, GROUP, GP, CANDIDATES, SIGNS, PRE,
+        )  # fmt: skip
+
+
+@cache
+def _constants(
+    fmt: PageFormat, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+    """Rotation (as +-1 where that is exact), Algorithm 2's S, scale candidates; and whether the rotation is +-1."""
+    # Triton's interpreter multiplies bf16 operands wrongly; there the fp32 product serves.
+    exact = (torch.float16,) if isinstance(_store_kernel, InterpretedFunction) else (torch.bfloat16, torch.float16)
+    signs = fmt.head_size & (fmt.head_size - 1) == 0 and dtype in exact
+    matrix = rotation_matrix(fmt, device)
+    if signs:
+        matrix = matrix.sign().to(dtype)
+    s = sketch_matrix(fmt.scale_group, ROTATION_SEED) if fmt.preset.key.sketch else torch.zeros(1, 1)
+    candidates = torch.tensor(SCALE_CANDIDATES, dtype=torch.float32, device=device)
+    return matrix.contiguous(), s.to(device=device, dtype=torch.float32).contiguous(), candidates, signs
+
+
+def store(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor, fmt: PageFormat) -> None:
+    """Encodes tokens into their slots; writes exactly the bytes that those tokens own and reads no page.
+
+    key, value: ``[T', H, d]`` of one floating dtype, T' >= T, last dim contiguous. cache: uint8 ``[B, H, N, C]`` with ``[N,
+    C]`` contiguous per (block, head). slot_mapping: int64 ``[T]``; negative slots are skipped.
+    """
+    _, heads, d = key.shape
+    assert key.dtype == value.dtype and key.stride(2) == 1 and value.stride(2) == 1
+    assert cache.dtype == torch.uint8 and cache.shape[3] == fmt.slot_bytes and cache.shape[1] == heads
+    assert cache.stride(3) == 1 and cache.stride(2) == fmt.slot_bytes and cache.shape[2] % UNIT_TOKENS == 0, cache.stride()
+    assert cache.data_ptr() % 16 == 0 and cache.stride(0) % 16 == 0 and cache.stride(1) % 16 == 0
+    tokens = slot_mapping.shape[0]
+    if tokens == 0:
+        return
+    keys, values = (side_tables(fmt, kind, cache.device) for kind in ("key", "value"))
+    matrix, sketch, candidates, signs = _constants(fmt, cache.device, key.dtype)
+    gp = next_power_of_2(fmt.scale_group)
+    _store_kernel[(triton.cdiv(tokens, _TOKENS), heads * fmt.groups, 2)](
+        key,
+        value,
+        slot_mapping,
+        cache,
+        matrix,
+        sketch,
+        candidates,
+        keys.table,
+        keys.scalars,
+        keys.norms,
+        keys.levels,
+        values.table,
+        values.scalars,
+        values.levels,
+        tokens,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        cache.stride(0),
+        cache.stride(1),
+        KEY_BITS=keys.codec.bits,
+        KEY_SKETCH=keys.codec.sketch,
+        KEY_PER_SIGMA=LEVELS_PER_SIGMA.get(keys.codec.bits, 1.0),
+        VALUE_BITS=values.codec.bits,
+        VALUE_PER_SIGMA=LEVELS_PER_SIGMA.get(values.codec.bits, 1.0),
+        K0=keys.planes[0],
+        K1=keys.planes[1],
+        K2=keys.planes[2],
+        V0=values.planes[0],
+        V1=values.planes[1],
+        V2=values.planes[2],
+        D=d,
+        GROUP=fmt.scale_group,
+        GP=gp,
+        BLOCK_SIZE=cache.shape[2],
+        UNIT_BYTES=fmt.unit_bytes,
+        BT=_TOKENS,
+        CANDIDATES=len(SCALE_CANDIDATES),
+        SIGNS=signs,
+        PRE=1.0 if key.dtype == torch.float16 else _PRESCALE,
+        num_warps=4,
+    )

@@ -1,0 +1,200 @@
+"""The portable decode against the float64 oracle over the decoded cache; error at most twice that of plain torch."""
+
+import pytest
+import torch
+
+from vllm_turboquant.kernels import reference
+from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
+
+from ..kernels.oracle import make_batch
+
+pytestmark = pytest.mark.gpu
+# Around page (32) and unit (16) edges and, with several splits, around split edges.
+LENGTHS = [8, 15, 16, 17, 31, 32, 33, 64, 255, 256, 257, 600]
+
+
+def kernel(batch, dtype, max_query_len, scale, **options):
+    from vllm_turboquant.kernels.combine import plan_decode
+    from vllm_turboquant.kernels.decode import decode
+
+    query = batch.query.to(dtype)
+    tokens, heads, d = query.shape
+    out = torch.full_like(query, float("nan"))
+    plan = plan_decode(batch.seq_lens.shape[0], tokens, heads, batch.cache.shape[1], d, max_query_len)
+    scratch = torch.full((plan.floats,), float("nan"), device="cuda")
+    decode(
+        query,
+        batch.cache,
+        batch.block_table,
+        batch.seq_lens,
+        batch.query_start_loc,
+        out,
+        scratch,
+        batch.fmt,
+        scale,
+        max_query_len,
+        **options,
+    )
+    return out
+
+
+def oracle(batch, dtype, scale, **options):
+    query = batch.query.to(dtype).double()
+    return reference.attend(
+        query, batch.cache, batch.block_table, batch.seq_lens, batch.query_start_loc, batch.fmt, scale, **options
+    )
+
+
+def plain_torch(batch, dtype, scale):
+    """Attention of the same decoded cache in ``dtype``: what an uncompressed engine computes, rounding included."""
+    turn = reference._rotate(
+        torch.eye(batch.fmt.head_size, dtype=torch.float64, device="cuda"), batch.fmt, batch.fmt.preset.key, 0
+    ).T
+    out = torch.zeros_like(batch.query, dtype=dtype)
+    starts = batch.query_start_loc.tolist()
+    size, group = batch.cache.shape[2], batch.query.shape[1] // batch.cache.shape[1]
+    for r, length in enumerate(batch.seq_lens.tolist()):
+        rows = starts[r + 1] - starts[r]
+        if not rows or not length:
+            continue
+        blocks = batch.block_table[r, : -(-length // size)].long()
+        keys, values = reference.load(batch.cache, blocks, batch.fmt)
+        k = (keys[:length] @ turn).to(dtype).repeat_interleave(group, 1).transpose(0, 1)
+        v = (values[:length] @ turn).to(dtype).repeat_interleave(group, 1).transpose(0, 1)
+        q = batch.query[starts[r] : starts[r + 1]].to(dtype).transpose(0, 1)
+        scores = (q @ k.transpose(1, 2)).float() * scale
+        hidden = torch.ones(rows, length, dtype=torch.bool, device="cuda").triu(length - rows + 1)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(dtype)
+        out[starts[r] : starts[r + 1]] = (weights @ v).transpose(0, 1)
+    return out
+
+
+def relative(x, truth):
+    return float((x.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("head_size", (64, 96, 128, 256))
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [*((name, torch.bfloat16) for name in (*PRESETS, LOSSLESS_PRESET)), ("turboquant", torch.float16)]
+)
+def test_grid(preset, head_size, dtype, seed):
+    """Query lengths x KV heads x group sizes over ragged lengths, in padded pools full of 0xFF, tables ending in -1."""
+    fmt = page_format(preset, head_size)
+    scale = head_size**-0.5
+    worst = 0.0
+    for kv_heads in (1, 2, 4, 8):
+        for query_len in (1, 2, 3, 5, 8):
+            lengths = [max(length, query_len) for length in LENGTHS]
+            for group in (1, 2, 4, 6, 7, 8, 16):
+                batch = make_batch(fmt, lengths, [query_len] * len(lengths), kv_heads, group, 32, seed, device="cuda")
+                truth = oracle(batch, dtype, scale)
+                ours, torchs = (
+                    relative(kernel(batch, dtype, query_len, scale), truth),
+                    relative(plain_torch(batch, dtype, scale), truth),
+                )
+                worst = max(worst, ours / torchs)
+                assert ours <= 2 * torchs, (kv_heads, query_len, group, ours, torchs)
+    print(f"{preset} d={head_size} {dtype}: at most {worst:.2f} of plain torch's error")
+
+
+@pytest.mark.parametrize("head_size", (80, 112, 160, 192, 512, 576))
+@pytest.mark.parametrize("preset", PRESETS)
+def test_other_head_sizes(preset, head_size, seed):
+    fmt = page_format(preset, head_size)
+    batch = make_batch(fmt, [17, 300], [1, 3], 2, 3, 16, seed, device="cuda")
+    truth = oracle(batch, torch.bfloat16, 0.1)
+    ours = relative(kernel(batch, torch.bfloat16, 3, 0.1), truth)
+    assert ours <= 2 * relative(plain_torch(batch, torch.bfloat16, 0.1), truth)
+
+
+@pytest.mark.parametrize("options", ({"window": 1}, {"window": 7}, {"window": 100}, {"soft_cap": 2.0}, {"sinks": True}))
+def test_window_soft_cap_and_sinks(options, seed):
+    batch = make_batch(
+        page_format("turboquant", 128), LENGTHS, [1, 2, 3, 5, 8, 1, 2, 3, 5, 8, 1, 2], 2, 4, 16, seed, device="cuda"
+    )
+    if "sinks" in options:
+        options = {"sinks": torch.randn(8, device="cuda")}
+    truth = oracle(batch, torch.bfloat16, 0.3, **options)
+    # bf16 rounds the output by 2**-9 and the queries alike.
+    assert relative(kernel(batch, torch.bfloat16, 8, 0.3, **options), truth) < 2**-8
+
+
+def test_rows_of_length_zero(seed):
+    batch = make_batch(page_format("turboquant", 64), [0, 40, 0], [1, 2, 3], 2, 2, 16, seed, device="cuda")
+    out = kernel(batch, torch.bfloat16, 3, 0.1)
+    assert not out[0].any() and not out[3:].any() and torch.isfinite(out).all()
+
+
+def test_poison_changes_nothing(seed):
+    outs = [
+        kernel(
+            make_batch(page_format("turboquant", 96), [5, 33, 64, 300], [1, 2, 3, 1], 2, 4, 32, seed, p, "cuda"),
+            torch.bfloat16,
+            3,
+            0.1,
+        )
+        for p in (0xFF, 0)
+    ]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("query_len", (1, 2, 4, 8))
+def test_graph_replay_equals_eager(query_len, seed):
+    """Captured once at dummy lengths (sequence = query), replayed with ragged lengths, other tables and dead rows."""
+    from vllm_turboquant.kernels.combine import plan_decode
+    from vllm_turboquant.kernels.decode import decode
+
+    fmt = page_format("turboquant", 128)
+    rows = 6
+    first = make_batch(fmt, [query_len] * rows, [query_len] * rows, 2, 4, 16, seed, device="cuda")
+    query = first.query.to(torch.bfloat16)
+    plan = plan_decode(rows, query.shape[0], 8, 2, 128, query_len)
+    scratch = torch.zeros(plan.floats, device="cuda")
+    out = torch.zeros_like(query)
+    live = make_batch(
+        fmt, [query_len + n for n in (1, 15, 16, 17, 1095, 0)], [query_len] * rows, 2, 4, 16, seed + 1, device="cuda"
+    )
+    lengths, starts = first.seq_lens.clone(), first.query_start_loc.clone()
+    table = torch.full_like(live.block_table, -1)
+    table[:, : first.block_table.shape[1]] = first.block_table
+    cache = live.cache
+
+    def step():
+        decode(query, cache, table, lengths, starts, out, scratch, fmt, 0.1, query_len)
+
+    table.copy_(live.block_table)
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    query.copy_(live.query)
+    lengths.copy_(live.seq_lens)
+    lengths[-1] = 0  # a padded row
+    table[-1] = -1
+    graph.replay()
+    replayed = out.clone()
+    out.fill_(float("nan"))
+    step()
+    assert torch.equal(replayed, out)
+    batch = type(live)(fmt, cache, table, lengths, starts, query.double(), [], [])
+    assert relative(replayed, oracle(batch, torch.bfloat16, 0.1)) < 2**-8
+
+
+@pytest.mark.parametrize("preset", (*PRESETS, LOSSLESS_PRESET))
+@pytest.mark.parametrize("head_size", (64, 80, 128, 256, 576))
+def test_context_is_decoded_into_the_models_basis(preset, head_size, seed):
+    from vllm_turboquant.kernels.prefill import load_context
+
+    fmt = page_format(preset, head_size)
+    batch = make_batch(fmt, [300], [1], 2, 1, 32, seed, device="cuda")
+    turn = reference._rotate(torch.eye(head_size, dtype=torch.float64, device="cuda"), fmt, fmt.preset.key, 0).T
+    keys, values = reference.load(batch.cache, batch.block_table[0, :10].long(), fmt)
+    for dtype in (torch.bfloat16, torch.float16):
+        for first, count in ((0, 300), (17, 1), (31, 100), (256, 44)):
+            k, v = (torch.full((count + 3, 2, head_size), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
+            load_context(batch.cache, batch.block_table[0], first, count, k, v, fmt)
+            assert k[count:].isnan().all() and v[count:].isnan().all()
+            for mine, truth in ((k, keys), (v, values)):
+                # tf32 rounds the decoded vector and the rotation by 2**-12 each; the output type by 2**-9 or 2**-12.
+                assert relative(mine[:count], truth[first : first + count] @ turn) < 2**-8.5

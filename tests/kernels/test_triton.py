@@ -1,0 +1,109 @@
+"""The portable GPU kernels in Triton's interpreter, on the CPU, against the float64 reference.
+
+The same kernels meet the whole grid on a card (tests/gpu); here every preset and every branch runs once.
+"""
+
+import os
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("kernels run compiled here: see tests/gpu", allow_module_level=True)
+pytest.importorskip("triton")
+
+# Decides at decoration time; unset again, so that servers which other tests start do not inherit it.
+os.environ["TRITON_INTERPRET"] = "1"
+try:
+    from vllm_turboquant.kernels.combine import plan_decode
+    from vllm_turboquant.kernels.decode import decode
+    from vllm_turboquant.kernels.prefill import load_context
+    from vllm_turboquant.kernels.store import store
+finally:
+    del os.environ["TRITON_INTERPRET"]
+
+from vllm_turboquant.kernels import reference
+from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
+
+from .oracle import make_batch
+
+ALL = (*PRESETS, LOSSLESS_PRESET)
+# fp32 against float64: sums of at most a few hundred terms, after an fp32 rotation.
+FP32 = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def interpret(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # Two or three splits instead of 64: the interpreter runs one program after the other.
+    monkeypatch.setattr("vllm_turboquant.kernels.combine._PROGRAMS", 16)
+
+
+@pytest.mark.parametrize("preset", ALL)
+@pytest.mark.parametrize(("head_size", "dtype"), [(64, torch.bfloat16), (96, torch.float16), (160, torch.float32)])
+def test_store_writes_the_references_bytes(preset, head_size, dtype, seed):
+    """At most two in a thousand bytes may differ: fp32 resolves ties otherwise than float64."""
+    fmt = page_format(preset, head_size)
+    g = torch.Generator().manual_seed(seed)
+    key, value = (torch.randn(22, 2, head_size, generator=g).to(dtype) for _ in range(2))
+    slots = torch.randperm(64, generator=g)[:20]
+    slots[4] = -1
+    ours, truth = (torch.full((2, 2, 32, fmt.slot_bytes), 0xFF, dtype=torch.uint8) for _ in range(2))
+    store(key, value, ours, slots, fmt)
+    reference.store(key, value, truth, slots, fmt)
+    assert float((ours != truth).float().mean()) < 0.002
+    assert bool((truth != 0xFF).any())
+
+
+@pytest.mark.parametrize("value", (0.0, 1e-40, 1e30, 3.38e38, float("nan"), float("inf")))
+def test_store_of_hostile_values(value, seed):
+    fmt = page_format("turboquant-k4v4-qjl", 64)
+    x = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    x[1], x[2, 0, 7] = value, value
+    ours, truth = (torch.zeros(1, 1, 16, fmt.slot_bytes, dtype=torch.uint8) for _ in range(2))
+    store(x, x, ours, torch.arange(4), fmt)
+    reference.store(x, x, truth, torch.arange(4), fmt)
+    blocks = torch.zeros(1, dtype=torch.int64)
+    for mine, theirs in zip(reference.load(ours, blocks, fmt), reference.load(truth, blocks, fmt), strict=True):
+        assert torch.equal(torch.isfinite(mine), torch.isfinite(theirs))
+        torch.testing.assert_close(mine[[0, 3]], theirs[[0, 3]], **FP32)
+
+
+def run(batch, max_query_len, scale, **options):
+    query = batch.query.float()
+    tokens, heads, d = query.shape
+    out = torch.full_like(query, float("nan"))
+    plan = plan_decode(len(batch.seq_lens), tokens, heads, batch.cache.shape[1], d, max_query_len)
+    scratch = torch.full((plan.floats,), float("nan"))
+    tensors = (batch.cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
+    decode(query, *tensors, out, scratch, batch.fmt, scale, max_query_len, **options)
+    return out, reference.attend(query, *tensors, batch.fmt, scale, **options).float()
+
+
+@pytest.mark.parametrize("preset", ALL)
+@pytest.mark.parametrize("head_size", (64, 80))
+def test_decode(preset, head_size, seed):
+    batch = make_batch(page_format(preset, head_size), [1, 17, 0, 33], [1, 3, 1, 2], 2, 3, 16, seed)
+    torch.testing.assert_close(*run(batch, 3, 0.1), **FP32)
+
+
+@pytest.mark.parametrize("options", ({"window": 5}, {"soft_cap": 2.0}, {"sinks": True}))
+def test_decode_with_window_soft_cap_and_sinks(options, seed):
+    batch = make_batch(page_format("turboquant", 64), [6, 33], [1, 4], 2, 2, 32, seed)
+    if "sinks" in options:
+        options = {"sinks": torch.randn(4, generator=torch.Generator().manual_seed(seed))}
+    torch.testing.assert_close(*run(batch, 4, 0.3, **options), **FP32)
+
+
+@pytest.mark.parametrize("preset", ALL)
+def test_context_comes_back_in_the_models_basis(preset, seed):
+    fmt = page_format(preset, 96)
+    batch = make_batch(fmt, [40], [1], 2, 1, 16, seed)
+    identity = torch.eye(96, dtype=torch.float64)
+    turn = identity if preset == LOSSLESS_PRESET else reference.rotation(96)
+    truth = [side @ turn for side in reference.load(batch.cache, batch.block_table[0, :3].long(), fmt)]
+    ours = [torch.full((22, 2, 96), float("nan")) for _ in range(2)]
+    load_context(batch.cache, batch.block_table[0], 13, 20, *ours, fmt)
+    for mine, whole in zip(ours, truth, strict=True):
+        assert mine[20:].isnan().all()
+        torch.testing.assert_close(mine[:20], whole[13:33].float(), **FP32)
