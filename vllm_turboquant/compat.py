@@ -12,7 +12,7 @@
 All are applied together or not at all: first every structural check, then every patch. The dtype name is the only
 switch: other dtypes go through the wrapped functions unchanged (E also refuses vLLM's own TurboQuant names on a CPU).
 Never dispatch on ``KVQuantMode``: upstream, CUSTOM and OCTAVE_K3V4 share the value 12.
-"""
+"""  # noqa: E501 - a table
 
 from __future__ import annotations
 
@@ -191,11 +191,14 @@ def _wrap_backend_selection() -> None:
         from .backend import backend_class
 
         backend = backend_class(dtype)
-        reasons = backend.validate_configuration(
-            device_capability=cls.get_device_capability(), **attn_selector_config._asdict()
-        )
+        reasons = backend.validate_configuration(device_capability=cls.get_device_capability(), **attn_selector_config._asdict())
         if reasons:
-            raise refuse(FLAG, dtype, f"an attention layer cannot be compressed ({', '.join(reasons)})", "use --kv-cache-dtype auto")
+            raise refuse(
+                FLAG,
+                dtype,
+                f"an attention layer cannot be compressed ({', '.join(reasons)})",
+                "use --kv-cache-dtype auto",
+            )
         return f"{backend.__module__}.{backend.__name__}"
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)

@@ -91,7 +91,8 @@ def check_dtype_name(kv_cache_dtype: str, on_cpu: bool) -> None:
             raise refuse(
                 FLAG,
                 kv_cache_dtype,
-                f"names vLLM's built-in format, which has no CPU kernel and would compute wrong results; allowed on CPU are {allowed}",
+                "names vLLM's built-in format, which has no CPU kernel and would compute wrong results; "
+                f"allowed on CPU are {allowed}",
                 f"use {FLAG} {DEFAULT_PRESET}",
             )
         return

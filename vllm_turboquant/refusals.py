@@ -30,7 +30,12 @@ def _check_options(dtype: str, args: Any) -> None:
         ("--prefill-context-parallel-size", args.prefill_context_parallel_size),
     ):
         if value is not None and value > 1:
-            raise refuse(FLAG, dtype, f"cannot be combined with {flag} {value}; allowed is 1", f"drop {flag} or use --kv-cache-dtype auto")
+            raise refuse(
+                FLAG,
+                dtype,
+                f"cannot be combined with {flag} {value}; allowed is 1",
+                f"drop {flag} or use --kv-cache-dtype auto",
+            )
     attention = args.attention_config
     for backend in (args.attention_backend, attention.backend, *attention.backend_per_kind.values()):
         if backend is not None:

@@ -1,0 +1,105 @@
+"""Every start that must be refused, and what the sentence must say. Used by the API tests and the command line tests."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+FLAG = "--kv-cache-dtype turboquant"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """``args``: EngineArgs beside ``kv_cache_dtype="turboquant"``. ``parts``: what the sentence names, in this order."""
+
+    model: str = "llama"
+    args: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+
+
+ALLOWED = "allowed are turboquant, turboquant-k8v4, turboquant-k4v3, turboquant-k3v3, turboquant-k2v2, turboquant-k4v4-qjl"
+ON_CPU = ALLOWED.replace("allowed are", "allowed on CPU are")
+
+
+def _name(dtype: str, allowed: str) -> Refusal:
+    return Refusal(args={"kv_cache_dtype": dtype}, parts=(f"--kv-cache-dtype {dtype}:", allowed, f"use {FLAG}."))
+
+
+def _connector(name: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"kv_connector": name, "kv_role": "kv_both", **({"kv_connector_extra_config": extra} if extra else {})}
+
+
+REFUSALS: dict[str, Refusal] = {
+    "wrong preset": _name("turboquant-k9v9", ALLOWED),
+    "upper case": _name("turboquant-K8V4", ALLOWED),
+    "no hyphen": _name("turboquantk4v3", ALLOWED),
+    "underscore": _name("turboquant_4bit", ON_CPU),
+    **{f"built-in {name}": _name(f"turboquant_{name}", ON_CPU) for name in ("4bit_nc", "k8v4", "k3v4_nc", "3bit_nc")},
+    "MLA": Refusal("mla", {}, (FLAG, "multi-head latent attention", "allowed are models with plain", "--kv-cache-dtype auto.")),
+    "encoder-decoder": Refusal("encoder-decoder", {}, (FLAG, "encoder-decoder", "allowed are decoder-only", "auto.")),
+    "encoder-only": Refusal("encoder-only", {}, (FLAG, "encoder-only", "auto.")),
+    "attention-free": Refusal("attention-free", {}, (FLAG, "no attention layers", "auto.")),
+    "ALiBi always": Refusal("alibi-always", {}, (FLAG, "ALiBi", "auto.")),
+    "ALiBi configured": Refusal("alibi-configured", {}, (FLAG, "ALiBi", "auto.")),
+    "image prefix": Refusal("image-prefix", {}, (FLAG, "multimodal prefix", "auto.")),
+    "head size 24": Refusal("head-24", {}, (FLAG, "head size 24", "multiples of 16 from 16 to 576", "auto.")),
+    "head size 592": Refusal("head-592", {}, (FLAG, "head size 592", "multiples of 16 from 16 to 576", "auto.")),
+    "DCP": Refusal(
+        args={"decode_context_parallel_size": 2},
+        parts=(FLAG, "--decode-context-parallel-size 2", "allowed is 1", "drop --decode-context-parallel-size"),
+    ),
+    "DCP and TP": Refusal(
+        args={"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+        parts=(FLAG, "--decode-context-parallel-size 2", "allowed is 1", "drop --decode-context-parallel-size"),
+    ),
+    "unknown setting": Refusal(
+        args={"additional_config": {"turboquant": {"bogus": 1}}},
+        parts=("--additional-config", "'bogus'", "allowed are calibration", "remove"),
+    ),
+    "settings no object": Refusal(
+        args={"additional_config": {"turboquant": [3]}}, parts=("--additional-config", "[3]", "not an object", "calibration")
+    ),
+    "calibration on": Refusal(
+        args={"additional_config": {"turboquant": {"calibration": "auto"}}},
+        parts=("--additional-config", "calibration", "'auto'", 'allowed is "off"', "leave it out"),
+    ),
+    "backend": Refusal(
+        args={"attention_backend": "FLASH_ATTN"},
+        parts=(FLAG, "--attention-backend FLASH_ATTN", "allowed is none", "drop --attention-backend"),
+    ),
+    "backend in attention config": Refusal(
+        args={"attention_config": {"backend": "TRITON_ATTN"}}, parts=(FLAG, "TRITON_ATTN", "drop --attention-backend")
+    ),
+    "backend per kind": Refusal(
+        args={"attention_config": {"backend_per_kind": {"sliding_window": "TRITON_ATTN"}}},
+        parts=(FLAG, "TRITON_ATTN", "drop --attention-backend"),
+    ),
+    "LMCache": Refusal(
+        args={"kv_transfer_config": _connector("LMCacheConnectorV1")},
+        parts=(FLAG, "--kv-transfer-config", "LMCacheConnectorV1", "use another connector"),
+    ),
+    "LMCache inside": Refusal(
+        args={"kv_transfer_config": _connector("MultiConnector", {"connectors": [_connector("LMCacheMPConnector")]})},
+        parts=(FLAG, "--kv-transfer-config", "LMCacheMPConnector", "use another connector"),
+    ),
+    "LMCache offloading": Refusal(
+        args={"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"},
+        parts=(FLAG, "--kv-offloading-backend lmcache", "allowed is native", "use --kv-offloading-backend native"),
+    ),
+    "draft's preset": Refusal(
+        args={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "kv_cache_dtype": "turboquant-k9v9"}},
+        parts=("--kv-cache-dtype turboquant-k9v9", ALLOWED, f"use {FLAG}."),
+    ),
+}
+
+
+def check_sentence(text: str, parts: tuple[str, ...]) -> None:
+    """One sentence on one line: flag and value first, then why, then what to do."""
+    assert "\n" not in text and "Traceback" not in text
+    assert re.fullmatch(r"--\S+ .+: .+; .+\.", text), text
+    position = 0
+    for part in parts:
+        found = text.find(part, position)
+        assert found >= 0, f"{part!r} is missing, or stands too early, in {text!r}"
+        position = found

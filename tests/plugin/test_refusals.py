@@ -1,0 +1,80 @@
+"""Refusals as Python sees them: a TurboQuantError with one sentence, before vLLM's own validation and before any process."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_turboquant.config import TurboQuantError
+
+from .conftest import EngineConfig
+from .refused import REFUSALS, check_sentence
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused_by_the_configuration(case: str, engine_config: EngineConfig) -> None:
+    refusal = REFUSALS[case]
+    with pytest.raises(TurboQuantError) as caught:
+        engine_config(refusal.model, **refusal.args)
+    check_sentence(str(caught.value), refusal.parts)
+
+
+@pytest.mark.parametrize("case", ["wrong preset", "built-in 4bit_nc", "DCP", "unknown setting", "LMCache", "MLA"])
+def test_refused_by_llm(case: str, engine_config: EngineConfig, models: dict[str, str]) -> None:
+    """The Python API; ``engine_config`` is here for what it sets up."""
+    from vllm import LLM
+
+    refusal = REFUSALS[case]
+    arguments: dict[str, Any] = {"kv_cache_dtype": "turboquant", "skip_tokenizer_init": True, **refusal.args}
+    with pytest.raises(TurboQuantError) as caught:
+        LLM(model=models[refusal.model], **arguments)
+    check_sentence(str(caught.value), refusal.parts)
+
+
+def test_every_connector_but_lmcache_passes(engine_config: EngineConfig) -> None:
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    assert engine_config(kv_transfer_config=connector).cache_config.cache_dtype == "turboquant"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "parts"),
+    [
+        (True, (7, 5), ("--kv-cache-dtype turboquant", "needs compute capability 8.0", "this GPU has 7.5", "auto.")),
+        (False, (9, 4), ("--kv-cache-dtype turboquant", "CPU and NVIDIA GPUs, not on Fake", "auto.")),
+        (True, (8, 0), ()),
+        (True, (12, 0), ()),
+    ],
+)
+def test_hardware(cuda: bool, capability: tuple[int, int], parts: tuple[str, ...]) -> None:
+    from vllm_turboquant.refusals import _check_platform
+
+    platform = SimpleNamespace(
+        is_cpu=lambda: False, is_cuda=lambda: cuda, device_name="Fake", get_device_capability=lambda: capability
+    )
+    if not parts:
+        _check_platform("turboquant", platform)
+        return
+    with pytest.raises(TurboQuantError) as caught:
+        _check_platform("turboquant", platform)
+    check_sentence(str(caught.value), parts)
+
+
+def test_excepthook_prints_only_our_sentences(plugin: None, capsys: pytest.CaptureFixture) -> None:
+    import sys
+
+    from vllm_turboquant import compat
+    from vllm_turboquant.config import refuse
+
+    seen: list[type] = []
+    installed = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: seen.append(kind)
+    try:
+        compat._chain_excepthook()
+        sys.excepthook(TurboQuantError, refuse("--flag", "value", "reason", "remedy"), None)
+        sys.excepthook(ValueError, ValueError("other"), None)
+    finally:
+        sys.excepthook = installed
+    assert capsys.readouterr().err == "vllm: error: --flag value: reason; remedy.\n"
+    assert seen == [ValueError]
