@@ -20,7 +20,7 @@ from .vectors import codes_to_vectors, load_codes, load_scalars
 _ROWS = 64  # query rows a program holds at most
 
 
-@triton.jit(do_not_specialize=["kv_heads", "q_per_kv", "max_query_len", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "kv_heads", "q_per_kv", "max_query_len", "splits"])
 def _decode_kernel(
     q,
     q_sketch,

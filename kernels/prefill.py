@@ -62,7 +62,7 @@ def _load_side(
             tl.store(target + c[None, :], x.to(out.dtype.element_ty), mask=live[:, None] & (c < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count"])
 def _load_context_kernel(
     key,
     value,

@@ -25,7 +25,7 @@ _TOKENS = 16
 _PRESCALE = 2.0**-40
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _store_kernel(
     key,
     value,

@@ -36,7 +36,7 @@ def sketch_rotation(fmt: PageFormat, device: torch.device) -> torch.Tensor:
     return matrix.to(device=device, dtype=torch.float32).contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads"])
 def _transform_kernel(
     x,
     out,

@@ -52,10 +52,12 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         self.on_gpu = device.type == "cuda"
         _log_compression(kv_cache_spec, vllm_config)
         if self.on_gpu:
+            from .warmup import warm_up
             from .workspace import reserve
 
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
             reserve(vllm_config)
+            warm_up(vllm_config, kv_cache_spec.block_size, self.reorder_batch_threshold or 1, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:

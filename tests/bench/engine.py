@@ -1,0 +1,90 @@
+"""vLLM's engine on a Llama-3.1-8B shape with dummy weights: capacity, prefill seconds, time per output token, start-up.
+
+    python -m tests.bench.engine auto fp8 turboquant          one process a dtype, one `call` for all rows
+
+Appends a row a dtype to results/engine_<card>.jsonl. Prefill and decode of B requests of L tokens are told apart by running
+1 and 65 output tokens. A dtype named twice is started twice: the second start finds warm kernel caches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+from .rows import append_row
+
+SHAPES = ((48, 8192), (1, 32768))
+OUTPUT_TOKENS = 65
+
+
+def measure(dtype: str) -> dict[str, object]:
+    """In this process: starts an engine and times it."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    import torch
+    from vllm import LLM, SamplingParams
+
+    start = time.time()
+    llm = LLM(
+        model=str(Path(__file__).parent / "models" / "llama8b"),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype="bfloat16",
+        max_model_len=40960,
+        gpu_memory_utilization=0.88,
+        kv_cache_dtype=dtype,
+        enable_prefix_caching=False,
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        compilation_config={
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [1, 8, 16, 32, 48, 64, 128, 256],
+        },
+    )
+    start_s = time.time() - start
+    cache = llm.llm_engine.vllm_config.cache_config
+
+    def generate(batch: int, length: int, tokens: int) -> float:
+        prompts = [{"prompt_token_ids": [random.randint(5, 100000) for _ in range(length)]} for _ in range(batch)]
+        sampling = SamplingParams(max_tokens=tokens, min_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False)
+        begin = time.time()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        return time.time() - begin
+
+    generate(2, 256, 4)
+    row: dict[str, object] = {
+        "dtype": dtype,
+        "capacity_tokens": cache.num_gpu_blocks * cache.block_size,
+        "start_s": round(start_s, 1),
+    }
+    for batch, length in SHAPES:
+        prefill, whole = generate(batch, length, 1), generate(batch, length, OUTPUT_TOKENS)
+        tpot_ms = (whole - prefill) / (OUTPUT_TOKENS - 1) * 1e3
+        row[f"B{batch}_L{length}"] = {"prefill_s": round(prefill, 2), "tpot_ms": round(tpot_ms, 2)}
+    row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return row
+
+
+def main() -> None:
+    if sys.argv[1] == "--one":
+        print("ROW", json.dumps(measure(sys.argv[2])), flush=True)
+        return
+    call = uuid.uuid4().hex[:8]
+    for dtype in sys.argv[1:]:
+        child = subprocess.run([sys.executable, "-m", "tests.bench.engine", "--one", dtype], stdout=subprocess.PIPE, text=True)
+        rows = [line[4:] for line in child.stdout.splitlines() if line.startswith("ROW ")]
+        if not rows:
+            print(f"{dtype}: no result, exit {child.returncode}\n{child.stdout[-3000:]}", flush=True)
+            continue
+        print(append_row("engine", {**json.loads(rows[0]), "call": call}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

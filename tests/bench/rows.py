@@ -1,0 +1,43 @@
+"""Benchmark rows: what was measured, on which card, with which versions and which kernels. Append-only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[2]
+
+
+def kernels_tree() -> str:
+    """``git rev-parse HEAD:kernels``; a copy of the tree without git gives it in ``KERNELS_TREE``."""
+    if "KERNELS_TREE" in os.environ:
+        return os.environ["KERNELS_TREE"]
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD:kernels"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def append_row(name: str, row: dict[str, object]) -> str:
+    """Adds card and versions to ``row`` and appends it to ``results/<name>_<card>.jsonl``; returns the line."""
+    import torch
+    import triton
+    import vllm
+
+    card = torch.cuda.get_device_name()
+    short = "h200" if "H200" in card else "h100" if "H100" in card else card.lower().replace(" ", "-")
+    row = {
+        **row,
+        "card": card,
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "kernels_tree": kernels_tree(),
+    }
+    line = json.dumps(row)
+    directory = Path(os.environ.get("BENCH_RESULTS", RESULTS))
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / f"{name}_{short}.jsonl").open("a") as file:
+        file.write(line + "\n")
+    return line

@@ -1,0 +1,64 @@
+"""Compiles every kernel that serving can need before the server is ready, on a block of scratch pages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+
+from .kernels.combine import plan_decode
+from .kernels.decode import decode
+from .kernels.prefill import load_context
+from .kernels.store import store
+from .workspace import decode_scratch, prefill_scratch
+
+if TYPE_CHECKING:
+    from .impl import TurboQuantImpl
+
+
+def warm_up(vllm_config: VllmConfig, block_size: int, max_query_len: int, device: torch.device) -> None:
+    """Runs store, decode and context loading once for each kind of compressed layer. Touches no page of the KV cache."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    seen: set[tuple[object, ...]] = set()
+    for layer in layers.values():
+        impl = layer.impl
+        if not hasattr(impl, "preset"):
+            continue
+        kind = (impl.preset, impl.num_heads, impl.num_kv_heads, impl.head_size, impl.sliding_window, impl.logits_soft_cap)
+        kind += (impl.sinks is not None,)
+        if kind not in seen:
+            seen.add(kind)
+            _run_once(impl, vllm_config.model_config.dtype, block_size, max_query_len, device)
+
+
+def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_query_len: int, device: torch.device) -> None:
+    fmt, heads, kv_heads, d = impl.format, impl.num_heads, impl.num_kv_heads, impl.head_size
+    cache = torch.zeros(1, kv_heads, block_size, fmt.slot_bytes, dtype=torch.uint8, device=device)
+    # Rows of the fused projection that vLLM hands over, so that strides specialise alike.
+    qkv = torch.zeros(1, (heads + 2 * kv_heads) * d, dtype=dtype, device=device)
+    query, key, value = (x.unflatten(1, (-1, d)) for x in qkv.split([heads * d, kv_heads * d, kv_heads * d], dim=1))
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    store(key, value, cache, slots, fmt)
+    table = torch.zeros(1, 16, dtype=torch.int32, device=device)
+    context_key, context_value, _ = prefill_scratch(1, heads, kv_heads, d, dtype)
+    load_context(cache, table[0], 0, 1, context_key, context_value, fmt)
+    one = torch.ones(1, dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    plan = plan_decode(1, 1, heads, kv_heads, d, max_query_len)
+    decode(
+        query,
+        cache,
+        table,
+        one,
+        starts,
+        torch.empty(1, heads, d, dtype=dtype, device=device),
+        decode_scratch(plan.floats),
+        fmt,
+        impl.scale,
+        max_query_len,
+        window=impl.sliding_window,
+        soft_cap=impl.logits_soft_cap,
+        sinks=impl.sinks,
+    )
