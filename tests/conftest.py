@@ -10,7 +10,6 @@ if not os.path.exists("/dev/nvidiactl") and importlib.util.find_spec("triton"):
     # Triton chooses between compiler and interpreter when a function is decorated, its own library's at import, which
     # torch may do. Unset again, so that servers which tests start do not inherit it; `test_triton.py` sets it for its runs.
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language
 
     del os.environ["TRITON_INTERPRET"]
 

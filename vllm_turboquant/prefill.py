@@ -106,7 +106,7 @@ def attend_prefill(
     context_key, context_value, partial = prefill_scratch(
         plan.tokens, layer.num_heads, layer.num_kv_heads, layer.head_size, query.dtype
     )
-    common = {
+    common: dict[str, object] = {
         "softmax_scale": layer.scale,
         "softcap": layer.logits_soft_cap or 0.0,
         "fa_version": layer.flash_attention,

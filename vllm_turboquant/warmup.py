@@ -26,8 +26,15 @@ def warm_up(vllm_config: VllmConfig, block_size: int, max_query_len: int, device
         impl = layer.impl
         if not hasattr(impl, "preset"):
             continue
-        kind = (impl.preset, impl.num_heads, impl.num_kv_heads, impl.head_size, impl.sliding_window, impl.logits_soft_cap)
-        kind += (impl.sinks is not None,)
+        kind = (
+            impl.preset,
+            impl.num_heads,
+            impl.num_kv_heads,
+            impl.head_size,
+            impl.sliding_window,
+            impl.logits_soft_cap,
+            impl.sinks is not None,
+        )
         if kind not in seen:
             seen.add(kind)
             _run_once(impl, vllm_config.model_config.dtype, block_size, max_query_len, device)
