@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, get_args
 
 from . import __version__
-from .config import FLAG, TurboQuantError, check_dtype_name, dtype_names, is_ours, refuse, refuse_backend
+from .config import FLAG, TurboQuantError, check_dtype_name, dtype_names, is_ours, refuse
 
 SUPPORTED = ("0.32", "0.33")
 logger = logging.getLogger("vllm.turboquant")  # below "vllm": formatted and filtered as vLLM's own lines
@@ -186,8 +186,8 @@ def _wrap_backend_selection() -> None:
         dtype = attn_selector_config.kv_cache_dtype
         if not is_ours(dtype):
             return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
-        if selected_backend is not None:
-            raise refuse_backend(dtype, selected_backend)
+        # A backend that the user named was refused at start-up (E). One that vLLM names itself, as for models of mixed head
+        # sizes, is meant for layers in the model's own dtype.
         from .backend import backend_class
 
         backend = backend_class(dtype)

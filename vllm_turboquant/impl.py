@@ -146,7 +146,8 @@ class TurboQuantImpl(AttentionImpl):
             window=self.sliding_window,
             soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
-            dtype=torch.float32,
+            # Not for accuracy: rows must not depend on the batch that they are computed in, or the next layer's codes would.
+            dtype=torch.float64,
         )
         out.copy_(attended)
 

@@ -95,9 +95,11 @@ def check_engine_args(args: Any, model: Any, platform: Any) -> None:
     """
     dtype = args.kv_cache_dtype
     check_dtype_name(dtype, on_cpu=platform.is_cpu())
-    draft = (args.speculative_config or {}).get("kv_cache_dtype") if isinstance(args.speculative_config, dict) else None
-    if draft is not None:
-        check_dtype_name(draft, on_cpu=platform.is_cpu())
+    draft = args.speculative_config if isinstance(args.speculative_config, dict) else {}
+    draft_dtype = draft.get("kv_cache_dtype") or dtype
+    check_dtype_name(draft_dtype, on_cpu=platform.is_cpu())
+    if is_ours(draft_dtype) and draft.get("attention_backend") is not None:
+        raise refuse_backend(draft_dtype, draft["attention_backend"])
     if not is_ours(dtype):
         return
     TurboQuantSettings.from_additional_config(args.additional_config)

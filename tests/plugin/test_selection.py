@@ -128,9 +128,9 @@ def test_layers_without_format_are_refused(facts: dict[str, Any], plugin: None, 
         _select(monkeypatch, "turboquant", **facts)
 
 
-def test_explicit_backend_is_refused_per_layer(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_vllm_names_for_the_model_serves_other_layers_only(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM names one for models of mixed head sizes; one that the user names is refused before (test_refusals)."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     assert "choice for auto" in _select(monkeypatch, "auto", AttentionBackendEnum.FLASH_ATTN)
-    with pytest.raises(TurboQuantError, match="--attention-backend FLASH_ATTN; allowed is none; drop"):
-        _select(monkeypatch, "turboquant", AttentionBackendEnum.FLASH_ATTN)
+    assert "TurboQuantBackend" in _select(monkeypatch, "turboquant", AttentionBackendEnum.FLASH_ATTN)
