@@ -47,7 +47,7 @@ def server_command(model: Path, dtype: str, port: int, extra: list[str]) -> list
     vllm = Path(sys.executable).with_name("vllm")
     if vllm.is_relative_to(Path.cwd()):
         vllm = vllm.relative_to(Path.cwd())
-    command = [str(vllm), "serve", str(model), f"--kv-cache-dtype={dtype}", f"--port={port}"]
+    command = [str(vllm), "serve", str(model), "--kv-cache-dtype", dtype, f"--port={port}"]
     return command + (CPU_ARGS if ON_CPU else []) + extra
 
 

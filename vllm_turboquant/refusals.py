@@ -8,6 +8,7 @@ from .config import FLAG, TurboQuantSettings, check_dtype_name, is_ours, refuse,
 from .kernels.format import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE
 
 MIN_CAPABILITY = (8, 0)
+MAX_GPU_HEAD_SIZE = 256  # of FlashAttention
 # These always use ALiBi and say so nowhere in their configuration.
 ALIBI_ARCHITECTURES = ("BloomForCausalLM", "Step1ForCausalLM")
 _PLAIN = "serve this model with --kv-cache-dtype auto"
@@ -66,7 +67,7 @@ def _connectors(config: Any) -> list[str]:
     return [name for name in [get("kv_connector")] if name] + [name for one in inner for name in _connectors(one)]
 
 
-def _check_model(dtype: str, model: Any) -> None:
+def _check_model(dtype: str, model: Any, platform: Any) -> None:
     if model.is_attention_free:
         raise refuse(FLAG, dtype, f"model {model.model} has no attention layers to compress", _PLAIN)
     if model.is_encoder_decoder:
@@ -85,6 +86,9 @@ def _check_model(dtype: str, model: Any) -> None:
     if size % HEAD_SIZE_STEP or not MIN_HEAD_SIZE <= size <= MAX_HEAD_SIZE:
         allowed = f"multiples of {HEAD_SIZE_STEP} from {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE}"
         raise refuse(FLAG, dtype, f"model {model.model} has head size {size}; allowed are {allowed}", _PLAIN)
+    if platform.is_cuda() and size > MAX_GPU_HEAD_SIZE:
+        reason = f"model {model.model} has head size {size}; allowed on a GPU, where FlashAttention prefills, are up to 256"
+        raise refuse(FLAG, dtype, reason, _PLAIN)
 
 
 def check_engine_args(args: Any, model: Any, platform: Any) -> None:
@@ -105,4 +109,4 @@ def check_engine_args(args: Any, model: Any, platform: Any) -> None:
     TurboQuantSettings.from_additional_config(args.additional_config)
     _check_platform(dtype, platform)
     _check_options(dtype, args)
-    _check_model(dtype, model)
+    _check_model(dtype, model, platform)

@@ -91,6 +91,10 @@ REFUSALS: dict[str, Refusal] = {
         args={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "kv_cache_dtype": "turboquant-k9v9"}},
         parts=("--kv-cache-dtype turboquant-k9v9", ALLOWED, f"use {FLAG}."),
     ),
+    "draft's backend": Refusal(
+        args={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "attention_backend": "FLASH_ATTN"}},
+        parts=(FLAG, "FLASH_ATTN", "allowed is none", "drop --attention-backend"),
+    ),
 }
 
 

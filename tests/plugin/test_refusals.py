@@ -78,3 +78,23 @@ def test_excepthook_prints_only_our_sentences(plugin: None, capsys: pytest.Captu
         sys.excepthook = installed
     assert capsys.readouterr().err == "vllm: error: --flag value: reason; remedy.\n"
     assert seen == [ValueError]
+
+
+@pytest.mark.parametrize(("size", "served"), [(256, True), (512, False)])
+def test_head_sizes_on_a_gpu(size: int, served: bool) -> None:
+    from vllm_turboquant.refusals import _check_model
+
+    no = dict.fromkeys(("is_attention_free", "is_encoder_decoder", "use_mla", "is_mm_prefix_lm"), False)
+    text = SimpleNamespace(alibi=False)
+    model = SimpleNamespace(
+        model="M", runner_type="generate", architecture="LlamaForCausalLM", architectures=["LlamaForCausalLM"], **no
+    )
+    model.hf_text_config = model.hf_config = text
+    model.get_head_size = lambda: size
+    gpu = SimpleNamespace(is_cuda=lambda: True)
+    if served:
+        _check_model("turboquant", model, gpu)
+        return
+    with pytest.raises(TurboQuantError) as caught:
+        _check_model("turboquant", model, gpu)
+    check_sentence(str(caught.value), ("--kv-cache-dtype turboquant", "head size 512", "up to 256", "--kv-cache-dtype auto."))
