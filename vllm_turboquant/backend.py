@@ -9,25 +9,20 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from .config import FLAG, refuse
+from .config import BACKEND_NAME, FLAG, SERVE_PLAIN, refuse
 from .impl import TurboQuantImpl, model_scale_group
 from .kernels.format import (
     DEBUG_PRESETS,
     DEFAULT_PRESET,
-    HEAD_SIZE_STEP,
-    MAX_HEAD_SIZE,
-    MIN_HEAD_SIZE,
     PRESETS,
     UNIT_TOKENS,
     page_format,
 )
 from .metadata import TurboQuantMetadataBuilder
-from .refusals import MIN_CAPABILITY
+from .refusals import MIN_CAPABILITY, has_page_format
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
-
-BACKEND_NAME = "VLLM_TURBOQUANT"  # vLLM's own backend is called TURBOQUANT
 
 
 class TurboQuantBackend(AttentionBackend):
@@ -55,7 +50,7 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_size % HEAD_SIZE_STEP == 0 and MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
+        return has_page_format(head_size)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
@@ -71,7 +66,7 @@ class TurboQuantBackend(AttentionBackend):
         """The spec with this preset's bytes per token and KV head. The dtype is set too: some layer kinds pass ``auto``."""
         if spec.head_size_v != spec.head_size:
             reason = f"keys of {spec.head_size} and values of {spec.head_size_v} dims have no common page format"
-            raise refuse(FLAG, cls.turboquant_preset, reason, "serve this model with --kv-cache-dtype auto")
+            raise refuse(FLAG, cls.turboquant_preset, reason, SERVE_PLAIN)
         fmt = page_format(cls.turboquant_preset, spec.head_size, model_scale_group(spec.head_size))
         return replace(spec, dtype=torch.uint8, state_content_bytes=fmt.slot_bytes)
 

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, get_args
 
 from . import __version__
-from .config import FLAG, TurboQuantError, check_dtype_name, dtype_names, is_ours, refuse
+from .config import BACKEND_NAME, FLAG, TurboQuantError, check_dtype_name, dtype_names, is_ours, refuse
 
 SUPPORTED = ("0.32", "0.33")
 logger = logging.getLogger("vllm.turboquant")  # below "vllm": formatted and filtered as vLLM's own lines
@@ -168,9 +168,9 @@ def _register_backend() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     # Spelled out: importing .backend here would load the attention stack into processes that only parse arguments.
-    name, path = "VLLM_TURBOQUANT", "vllm_turboquant.backend.TurboQuantBackend"
-    if name not in AttentionBackendEnum.__members__:
-        register_backend(name, path)
+    path = "vllm_turboquant.backend.TurboQuantBackend"
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND_NAME, path)
 
 
 def _wrap_backend_selection() -> None:

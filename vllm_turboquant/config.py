@@ -12,6 +12,8 @@ from .kernels.format import DEBUG_PRESETS, DEFAULT_PRESET, PRESETS
 SETTINGS_KEY = "turboquant"
 DEBUG_ENVIRONMENT = "TURBOQUANT_DEBUG"
 FLAG = "--kv-cache-dtype"
+BACKEND_NAME = "VLLM_TURBOQUANT"  # vLLM's own backend is called TURBOQUANT
+SERVE_PLAIN = f"serve this model with {FLAG} auto"  # the remedy where the model itself rules compression out
 SETTINGS_FLAG = "--additional-config"
 # vLLM's own presets start so; it claims the prefix in many places.
 UPSTREAM_PREFIX = "turboquant_"

@@ -10,7 +10,7 @@ from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from .config import FLAG, refuse
+from .config import FLAG, SERVE_PLAIN, refuse
 from .kernels import reference
 from .kernels.format import DEFAULT_PRESET, PageFormat, page_format, scale_group
 
@@ -55,13 +55,13 @@ class TurboQuantImpl(AttentionImpl):
     ) -> None:
         if kv_sharing_target_layer_name is not None and current_platform.is_cuda():
             reason = "layers that share another layer's cache are not computed on a GPU yet"
-            raise refuse(FLAG, self.preset, reason, "serve this model with --kv-cache-dtype auto")
+            raise refuse(FLAG, self.preset, reason, SERVE_PLAIN)
         if alibi_slopes is not None:
             raise refuse(
                 FLAG,
                 self.preset,
                 "ALiBi position biases are not computed",
-                "serve this model with --kv-cache-dtype auto",
+                SERVE_PLAIN,
             )
         self.num_heads = num_heads
         self.head_size = head_size
@@ -85,7 +85,7 @@ class TurboQuantImpl(AttentionImpl):
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
         version = get_flash_attn_version(head_size=self.head_size)
-        assert version is not None, "checked at start-up"
+        assert version is not None, "vLLM's FlashAttention is missing"
         return version
 
     def do_kv_cache_update(

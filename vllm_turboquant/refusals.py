@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import FLAG, TurboQuantSettings, check_dtype_name, is_ours, refuse, refuse_backend
+from .config import FLAG, SERVE_PLAIN, TurboQuantSettings, check_dtype_name, is_ours, refuse, refuse_backend
 from .kernels.format import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE
 
 MIN_CAPABILITY = (8, 0)
 MAX_GPU_HEAD_SIZE = 256  # of FlashAttention
 # These always use ALiBi and say so nowhere in their configuration.
 ALIBI_ARCHITECTURES = ("BloomForCausalLM", "Step1ForCausalLM")
-_PLAIN = "serve this model with --kv-cache-dtype auto"
+
+
+def has_page_format(head_size: int) -> bool:
+    return head_size % HEAD_SIZE_STEP == 0 and MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
 
 
 def _check_platform(dtype: str, platform: Any) -> None:
@@ -69,26 +72,28 @@ def _connectors(config: Any) -> list[str]:
 
 def _check_model(dtype: str, model: Any, platform: Any) -> None:
     if model.is_attention_free:
-        raise refuse(FLAG, dtype, f"model {model.model} has no attention layers to compress", _PLAIN)
+        raise refuse(FLAG, dtype, f"model {model.model} has no attention layers to compress", SERVE_PLAIN)
     if model.is_encoder_decoder:
-        raise refuse(FLAG, dtype, f"model {model.model} is an encoder-decoder model; allowed are decoder-only models", _PLAIN)
+        raise refuse(
+            FLAG, dtype, f"model {model.model} is an encoder-decoder model; allowed are decoder-only models", SERVE_PLAIN
+        )
     if model.use_mla:
         reason = f"model {model.model} uses multi-head latent attention (MLA), whose cache has no TurboQuant format"
-        raise refuse(FLAG, dtype, f"{reason}; allowed are models with plain multi-head or grouped-query attention", _PLAIN)
+        raise refuse(FLAG, dtype, f"{reason}; allowed are models with plain multi-head or grouped-query attention", SERVE_PLAIN)
     if model.runner_type == "pooling" and getattr(model, "attn_type", "decoder") != "decoder":
-        raise refuse(FLAG, dtype, f"model {model.model} is encoder-only and keeps no KV cache", _PLAIN)
+        raise refuse(FLAG, dtype, f"model {model.model} is encoder-only and keeps no KV cache", SERVE_PLAIN)
     if model.is_mm_prefix_lm:
         reason = f"model {model.model} attends to images bidirectionally (multimodal prefix), which is not computed"
-        raise refuse(FLAG, dtype, reason, _PLAIN)
+        raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
     if getattr(model.hf_text_config, "alibi", False) or model.architecture in ALIBI_ARCHITECTURES:
-        raise refuse(FLAG, dtype, f"model {model.model} uses ALiBi position biases, which are not computed", _PLAIN)
+        raise refuse(FLAG, dtype, f"model {model.model} uses ALiBi position biases, which are not computed", SERVE_PLAIN)
     size = model.get_head_size()
-    if size % HEAD_SIZE_STEP or not MIN_HEAD_SIZE <= size <= MAX_HEAD_SIZE:
+    if not has_page_format(size):
         allowed = f"multiples of {HEAD_SIZE_STEP} from {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE}"
-        raise refuse(FLAG, dtype, f"model {model.model} has head size {size}; allowed are {allowed}", _PLAIN)
+        raise refuse(FLAG, dtype, f"model {model.model} has head size {size}; allowed are {allowed}", SERVE_PLAIN)
     if platform.is_cuda() and size > MAX_GPU_HEAD_SIZE:
         reason = f"model {model.model} has head size {size}; allowed on a GPU, where FlashAttention prefills, are up to 256"
-        raise refuse(FLAG, dtype, reason, _PLAIN)
+        raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
 
 
 def check_engine_args(args: Any, model: Any, platform: Any) -> None:

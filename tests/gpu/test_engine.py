@@ -100,6 +100,7 @@ def test_lossless_codec_follows_auto(model, prompts, auto, case):
     if case == "prefix hits":
         compare(answers[len(auto) :], auto, BF16)
         answers = answers[: len(auto)]
+    # Near ties end common prefixes: 0.6 (eager) to 0.9 (graphs) was measured on an H100; a plumbing fault parts at once.
     assert compare(answers, auto, BF16) > 0.5
 
 
@@ -108,6 +109,7 @@ def test_presets_run(model, prompts, auto, preset):
     answers = generate(model, prompts, preset, options=CHUNKED)
     for ours, theirs in zip(answers, auto, strict=True):
         assert len(ours["ids"]) == TOKENS and bool(torch.isfinite(torch.tensor(ours["logprobs"])).all())
-        # A prompt within one chunk attends to raw keys and values: its first token differs by rounding alone.
+        # Prompts within one chunk attend to raw keys and values, longer ones to codes too, whose loss stays far below one nat
+        # where the token is the same; keys or values in a wrong basis would not.
         if ours["ids"][0] == theirs["ids"][0]:
             assert abs(ours["logprobs"][0] - theirs["logprobs"][0]) < 1.0
