@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from .combine import combine, plan_decode
-from .format import UNIT_TOKENS, PageFormat
-from .tables import next_power_of_2, side_tables
+from .format import PageFormat
+from .tables import check_pages, next_power_of_2, page_arguments
 from .transform import rotation_matrix, sketch_rotation, transform_rows
-from .vectors import codes_to_vectors, load_codes, load_scalars
+from .vectors import codes_to_vectors, load_codes, load_scalars, token_units
 
 _ROWS = 64  # query rows a program holds at most
 
@@ -100,9 +100,8 @@ def _decode_kernel(
     for start in range(begin, end, BN):
         n = start + tl.arange(0, BN)
         live = n < end
-        block = tl.load(block_table + request.to(tl.int64) * table_stride + n // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-        unit = cache + block * cache_stride_block + head.to(tl.int64) * cache_stride_head + n % BLOCK_SIZE // 16 * UNIT_BYTES
-        token = n % 16
+        block = tl.load(block_table + request.to(tl.int64) * table_stride + n // BLOCK_SIZE, mask=live, other=0)
+        unit, token = token_units(cache, block, n, head, cache_stride_block, cache_stride_head, BLOCK_SIZE, UNIT_BYTES)
         codes = load_codes(unit, token, live, key_table, K0, K1, K2, BN, DP)
         k = codes_to_vectors(codes, unit, token, live, key_scalars, key_levels, KEY_BITS, D, GROUP, DP)
         scores = tl.dot(q_rows, tl.trans(k), input_precision=PRECISION)
@@ -163,66 +162,47 @@ def decode(
     rows of requests are written. scratch: fp32, at least ``plan_decode(...).floats`` elements, contents free.
     """
     tokens, heads, d = query.shape
-    _, kv_heads, block_size, slot = cache.shape
+    kv_heads = cache.shape[1]
     requests = seq_lens.shape[0]
-    assert slot == fmt.slot_bytes and d == fmt.head_size and block_size % UNIT_TOKENS == 0
-    assert cache.stride(3) == 1 and cache.stride(2) == slot and cache.stride(0) % 16 == 0 and cache.stride(1) % 16 == 0
+    check_pages(cache, fmt, kv_heads)
+    assert d == fmt.head_size and heads % kv_heads == 0
     assert query.stride(2) == 1 and out.stride(2) == 1 and block_table.stride(1) == 1 and scratch.dtype == torch.float32
     plan = plan_decode(requests, tokens, heads, kv_heads, d, max_query_len)
     sizes = [tokens * heads * d] * 3 + [plan.rows * d, plan.rows, plan.rows]
     q, q_sketch, rotated, partial, partial_max, partial_sum = scratch[: plan.floats].split(sizes)
-    keys, values = (side_tables(fmt, kind, cache.device) for kind in ("key", "value"))
     rotation = rotation_matrix(fmt, cache.device)
     transform_rows(query, q.view(query.shape), rotation, transpose=True)
-    if keys.codec.sketch:
+    if fmt.preset.key.sketch:
         transform_rows(query, q_sketch.view(query.shape), sketch_rotation(fmt, cache.device), transpose=True)
     dp, group = next_power_of_2(d), heads // kv_heads
     rows = group * max_query_len
     bm = min(_ROWS if dp <= 128 else 32 if dp <= 256 else 16, max(16, next_power_of_2(rows)))
-    # Not compiled in: one binary serves every model of a head size and preset.
-    shape = {"kv_heads": kv_heads, "q_per_kv": group, "max_query_len": max_query_len, "splits": plan.splits, "D": d, "DP": dp}
     _decode_kernel[(plan.splits, kv_heads, requests * triton.cdiv(rows, bm))](
         q,
         q_sketch,
         partial,
         partial_max,
         partial_sum,
-        cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        keys.table,
-        keys.scalars,
-        keys.norms,
-        keys.levels,
-        values.table,
-        values.scalars,
-        values.levels,
-        cache.stride(0),
-        cache.stride(1),
-        block_table.stride(0),
-        scale,
-        soft_cap or 0.0,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        query_start_loc=query_start_loc,
+        table_stride=block_table.stride(0),
+        scale=scale,
+        soft_cap=soft_cap or 0.0,
+        # Not compiled in: one binary serves every model of a head size and preset.
+        kv_heads=kv_heads,
+        q_per_kv=group,
+        max_query_len=max_query_len,
+        splits=plan.splits,
         WINDOW=window or 0,
         SOFT_CAP=bool(soft_cap),
-        KEY_BITS=keys.codec.bits,
-        KEY_SKETCH=keys.codec.sketch,
-        VALUE_BITS=values.codec.bits,
-        K0=keys.planes[0],
-        K1=keys.planes[1],
-        K2=keys.planes[2],
-        V0=values.planes[0],
-        V1=values.planes[1],
-        V2=values.planes[2],
-        GROUP=fmt.scale_group,
-        BLOCK_SIZE=block_size,
-        UNIT_BYTES=fmt.unit_bytes,
+        DP=dp,
         BM=bm,
         BN=32 if dp <= 256 else 16,
         PRECISION=_precision(fmt, out.dtype),
         num_warps=4 if dp <= 128 else 8,
         num_stages=1,
-        **shape,
+        **page_arguments(cache, fmt),
     )
     combine(partial, partial_max, partial_sum, sinks, rotated, query_start_loc, seq_lens, plan)
     transform_rows(rotated.view(query.shape), out, rotation, transpose=False)

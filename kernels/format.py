@@ -155,6 +155,11 @@ class PageFormat:
         return self.head_size // self.scale_group
 
     @cached_property
+    def sides(self) -> dict[str, tuple[VectorCodec, tuple[Plane, ...]]]:
+        """Codec and planes of "key" and "value"."""
+        return {"key": (self.preset.key, self.key_planes), "value": (self.preset.value, self.value_planes)}
+
+    @cached_property
     def scalars(self) -> tuple[str, ...]:
         """The fp16 scalars kept per token and group, in storage order."""
         kinds = [name for name in ("key", "value") if getattr(self.preset, name).scaled]
@@ -254,6 +259,6 @@ def page_format(preset: str, head_size: int, group: int | None = None) -> PageFo
         raise ValueError(f"unknown TurboQuant preset {preset!r}; allowed are {', '.join(PRESETS)}")
     default = scale_group(head_size)
     group = default if group is None else group
-    if group % HEAD_SIZE_STEP or head_size % group:
+    if group <= 0 or group % HEAD_SIZE_STEP or head_size % group:
         raise ValueError(f"scale group {group} does not divide head size {head_size} in multiples of {HEAD_SIZE_STEP}")
     return PageFormat(known[preset], head_size, group)

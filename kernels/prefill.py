@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .format import UNIT_TOKENS, PageFormat
-from .tables import next_power_of_2, side_tables
+from .format import PageFormat
+from .tables import check_pages, next_power_of_2, page_arguments
 from .transform import rotation_matrix, sketch_rotation
-from .vectors import codes_to_vectors, load_codes, load_scalars
+from .vectors import codes_to_vectors, load_codes, load_scalars, token_units
 
 
 @triton.jit
@@ -104,9 +104,8 @@ def _load_context_kernel(
     head = tl.program_id(1)
     live = row < count
     n = first + row
-    block = tl.load(blocks + n // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-    unit = cache + block * cache_stride_block + head.to(tl.int64) * cache_stride_head + n % BLOCK_SIZE // 16 * UNIT_BYTES
-    token = n % 16
+    block = tl.load(blocks + n // BLOCK_SIZE, mask=live, other=0)
+    unit, token = token_units(cache, block, n, head, cache_stride_block, cache_stride_head, BLOCK_SIZE, UNIT_BYTES)
     if tl.program_id(2) == 0:
         _load_side(
             key, unit, token, live, row, head, out_stride_token, out_stride_head, matrix, sketch_matrix,
@@ -127,53 +126,29 @@ def load_context(
     cache: uint8 ``[B, H, N, C]``. blocks: int32 ``[*]``, the request's row of the block table. key, value: floating
     ``[>= count, H, d]`` of equal strides, last dim contiguous; rows below ``count`` are written, in the model's basis.
     """
-    _, heads, block_size, slot = cache.shape
-    d = fmt.head_size
-    assert slot == fmt.slot_bytes and block_size % UNIT_TOKENS == 0 and key.stride() == value.stride() and key.stride(2) == 1
-    assert cache.stride(3) == 1 and cache.stride(2) == slot and cache.stride(0) % 16 == 0 and cache.stride(1) % 16 == 0
-    assert key.shape[0] >= count and key.shape[1:] == (heads, d) and blocks.stride(0) == 1
+    heads, d = key.shape[1:]
+    check_pages(cache, fmt, heads)
+    assert key.stride() == value.stride() and key.stride(2) == 1 and key.shape == value.shape
+    assert key.shape[0] >= count and d == fmt.head_size and blocks.stride(0) == 1
     if count <= 0:
         return
-    keys, values = (side_tables(fmt, kind, cache.device) for kind in ("key", "value"))
     rotation = rotation_matrix(fmt, cache.device)
     dp = next_power_of_2(d)
     bn = 64 if dp <= 128 else 32 if dp <= 256 else 16
     _load_context_kernel[(triton.cdiv(count, bn), heads, 2)](
         key,
         value,
-        cache,
-        blocks,
-        first,
-        count,
-        rotation,
-        sketch_rotation(fmt, cache.device) if keys.codec.sketch else rotation,
-        keys.table,
-        keys.scalars,
-        keys.norms,
-        keys.levels,
-        values.table,
-        values.scalars,
-        values.levels,
-        key.stride(0),
-        key.stride(1),
-        cache.stride(0),
-        cache.stride(1),
-        KEY_BITS=keys.codec.bits,
-        KEY_SKETCH=keys.codec.sketch,
-        VALUE_BITS=values.codec.bits,
-        K0=keys.planes[0],
-        K1=keys.planes[1],
-        K2=keys.planes[2],
-        V0=values.planes[0],
-        V1=values.planes[1],
-        V2=values.planes[2],
-        D=d,
-        GROUP=fmt.scale_group,
+        blocks=blocks,
+        first=first,
+        count=count,
+        matrix=rotation,
+        sketch_matrix=sketch_rotation(fmt, cache.device) if fmt.preset.key.sketch else rotation,
+        out_stride_token=key.stride(0),
+        out_stride_head=key.stride(1),
         DP=dp,
-        BLOCK_SIZE=block_size,
-        UNIT_BYTES=fmt.unit_bytes,
         BN=bn,
         BC=min(64, max(16, 16384 // dp)),  # the matrix panel stays within shared memory
         num_warps=4,
         num_stages=1,
+        **page_arguments(cache, fmt),
     )

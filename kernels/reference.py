@@ -31,10 +31,10 @@ def _sketch(fmt: PageFormat, codec: VectorCodec, seed: int, device: torch.device
 
 
 def _encode_side(
-    x: torch.Tensor, fmt: PageFormat, codec: VectorCodec, odd: torch.Tensor, seed: int, scale: str
+    x: torch.Tensor, fmt: PageFormat, kind: str, odd: torch.Tensor, seed: int, scale: str
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Vectors ``[T, H, d]`` to the bytes of the side's planes and the side's fp16 scalars ``[T, H, groups]``."""
-    planes = fmt.value_planes if codec is fmt.preset.value else fmt.key_planes
+    codec, planes = fmt.sides[kind]
     if codec.bits == 32:
         return [x.to(torch.float32).contiguous().view(torch.uint8)], []
     y = _rotate(x.to(torch.float64), fmt, codec, seed)
@@ -63,8 +63,8 @@ def store(
     odd = (slots % 2)[:, None].expand(-1, cache.shape[1])
     parts: list[torch.Tensor] = []
     scalars: dict[str, torch.Tensor] = {}
-    for kind, x, codec in (("key", key, fmt.preset.key), ("value", value, fmt.preset.value)):
-        raw, side = _encode_side(x[live], fmt, codec, odd, seed, scale)
+    for kind, x in (("key", key), ("value", value)):
+        raw, side = _encode_side(x[live], fmt, kind, odd, seed, scale)
         parts += raw
         scalars |= zip((kind, "sketch_norm"), side, strict=False)
     parts += [scalars[kind].contiguous().view(torch.uint8) for kind in fmt.scalars]
@@ -90,10 +90,7 @@ def load(
         numbers = pieces.pop().contiguous().view(torch.float16).unflatten(-1, (-1, fmt.groups))
         scalars = dict(zip(fmt.scalars, numbers.unbind(-2), strict=True))
     sides = []
-    for kind, codec, planes in (
-        ("key", fmt.preset.key, fmt.key_planes),
-        ("value", fmt.preset.value, fmt.value_planes),
-    ):
+    for kind, (codec, planes) in fmt.sides.items():
         raw, pieces = pieces[: len(planes)], pieces[len(planes) :]
         if not codec.scaled:
             number = torch.float32 if codec.bits == 32 else torch.float8_e4m3fn

@@ -15,10 +15,11 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .codebook import LEVELS_PER_SIGMA, SCALE_CANDIDATES
 from .encode import store_side
-from .format import UNIT_TOKENS, PageFormat
+from .format import PageFormat
 from .rotation import ROTATION_SEED, sketch_matrix
-from .tables import next_power_of_2, side_tables
+from .tables import check_pages, next_power_of_2, page_arguments
 from .transform import rotation_matrix
+from .vectors import token_units
 
 _TOKENS = 16
 # bf16 and fp32 inputs are brought down by an exact power of two, so that sums of the largest finite values stay finite.
@@ -75,9 +76,9 @@ def _store_kernel(
     slot = tl.load(slot_mapping + t, mask=t < tokens, other=-1).to(tl.int64)
     live = slot >= 0
     slot = tl.where(live, slot, 0)
-    block, position = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-    unit = cache + block * cache_stride_block + head.to(tl.int64) * cache_stride_head + position // 16 * UNIT_BYTES
-    token = (position % 16).to(tl.int32)
+    unit, token = token_units(
+        cache, slot // BLOCK_SIZE, slot, head, cache_stride_block, cache_stride_head, BLOCK_SIZE, UNIT_BYTES
+    )
     t = t.to(tl.int64)
     if tl.program_id(2) == 0:
         x = key + t * key_stride_token + head * key_stride_head
@@ -115,58 +116,32 @@ def store(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapp
     key, value: ``[T', H, d]`` of one floating dtype, T' >= T, last dim contiguous. cache: uint8 ``[B, H, N, C]`` with ``[N,
     C]`` contiguous per (block, head). slot_mapping: int64 ``[T]``; negative slots are skipped.
     """
-    _, heads, d = key.shape
+    heads = key.shape[1]
     assert key.dtype == value.dtype and key.stride(2) == 1 and value.stride(2) == 1
-    assert cache.dtype == torch.uint8 and cache.shape[3] == fmt.slot_bytes and cache.shape[1] == heads
-    assert cache.stride(3) == 1 and cache.stride(2) == fmt.slot_bytes and cache.shape[2] % UNIT_TOKENS == 0, cache.stride()
-    assert cache.data_ptr() % 16 == 0 and cache.stride(0) % 16 == 0 and cache.stride(1) % 16 == 0
+    check_pages(cache, fmt, heads)
     tokens = slot_mapping.shape[0]
     if tokens == 0:
         return
-    keys, values = (side_tables(fmt, kind, cache.device) for kind in ("key", "value"))
     matrix, sketch, candidates, signs = _constants(fmt, cache.device, key.dtype)
-    gp = next_power_of_2(fmt.scale_group)
     _store_kernel[(triton.cdiv(tokens, _TOKENS), heads * fmt.groups, 2)](
         key,
         value,
         slot_mapping,
-        cache,
-        matrix,
-        sketch,
-        candidates,
-        keys.table,
-        keys.scalars,
-        keys.norms,
-        keys.levels,
-        values.table,
-        values.scalars,
-        values.levels,
-        tokens,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        cache.stride(0),
-        cache.stride(1),
-        KEY_BITS=keys.codec.bits,
-        KEY_SKETCH=keys.codec.sketch,
-        KEY_PER_SIGMA=LEVELS_PER_SIGMA.get(keys.codec.bits, 1.0),
-        VALUE_BITS=values.codec.bits,
-        VALUE_PER_SIGMA=LEVELS_PER_SIGMA.get(values.codec.bits, 1.0),
-        K0=keys.planes[0],
-        K1=keys.planes[1],
-        K2=keys.planes[2],
-        V0=values.planes[0],
-        V1=values.planes[1],
-        V2=values.planes[2],
-        D=d,
-        GROUP=fmt.scale_group,
-        GP=gp,
-        BLOCK_SIZE=cache.shape[2],
-        UNIT_BYTES=fmt.unit_bytes,
+        matrix=matrix,
+        sketch=sketch,
+        candidates=candidates,
+        tokens=tokens,
+        key_stride_token=key.stride(0),
+        key_stride_head=key.stride(1),
+        value_stride_token=value.stride(0),
+        value_stride_head=value.stride(1),
+        KEY_PER_SIGMA=LEVELS_PER_SIGMA.get(fmt.preset.key.bits, 1.0),
+        VALUE_PER_SIGMA=LEVELS_PER_SIGMA.get(fmt.preset.value.bits, 1.0),
+        GP=next_power_of_2(fmt.scale_group),
         BT=_TOKENS,
         CANDIDATES=len(SCALE_CANDIDATES),
         SIGNS=signs,
         PRE=1.0 if key.dtype == torch.float16 else _PRESCALE,
         num_warps=4,
+        **page_arguments(cache, fmt),
     )

@@ -58,9 +58,9 @@ def _plane(plane: Plane, table: list[int]) -> PlaneLayout:
 @cache
 def side_tables(fmt: PageFormat, kind: str, device: torch.device) -> SideTables:
     """Tables of ``kind`` ("key" or "value") on ``device``; built once a format, before any graph is captured."""
-    codec: VectorCodec = getattr(fmt.preset, kind)
+    codec, planes = fmt.sides[kind]
     table: list[int] = []
-    layouts = [_plane(plane, table) for plane in (fmt.key_planes if kind == "key" else fmt.value_planes)]
+    layouts = [_plane(plane, table) for plane in planes]
     first, second, third = (layouts + [NO_PLANE] * MAX_PLANES)[:MAX_PLANES]
 
     def scalar_offsets(name: str) -> torch.Tensor:
@@ -79,3 +79,37 @@ def side_tables(fmt: PageFormat, kind: str, device: torch.device) -> SideTables:
         scalar_offsets("sketch_norm" if codec.sketch else kind),
         torch.tensor(levels, dtype=torch.float32, device=device),
     )
+
+
+def check_pages(cache: torch.Tensor, fmt: PageFormat, kv_heads: int) -> None:
+    """Asserts that ``cache`` is uint8 ``[B, kv_heads, N, C]`` of ``fmt``, 16-byte aligned, ``[N, C]`` contiguous."""
+    _, heads, block_size, slot = cache.shape
+    assert cache.dtype == torch.uint8 and slot == fmt.slot_bytes and heads == kv_heads, (cache.shape, cache.dtype)
+    assert cache.stride(3) == 1 and cache.stride(2) == slot and block_size % UNIT_TOKENS == 0, cache.stride()
+    assert cache.data_ptr() % 16 == 0 and cache.stride(0) % 16 == 0 and cache.stride(1) % 16 == 0, cache.stride()
+
+
+def page_arguments(cache: torch.Tensor, fmt: PageFormat) -> dict[str, object]:
+    """What every Triton kernel over pages is told of them, by the names of its parameters."""
+    keys, values = (side_tables(fmt, kind, cache.device) for kind in ("key", "value"))
+    return {
+        "cache": cache,
+        "cache_stride_block": cache.stride(0),
+        "cache_stride_head": cache.stride(1),
+        "key_table": keys.table,
+        "key_scalars": keys.scalars,
+        "key_norms": keys.norms,
+        "key_levels": keys.levels,
+        "value_table": values.table,
+        "value_scalars": values.scalars,
+        "value_levels": values.levels,
+        "KEY_BITS": keys.codec.bits,
+        "KEY_SKETCH": keys.codec.sketch,
+        "VALUE_BITS": values.codec.bits,
+        **{f"K{i}": plane for i, plane in enumerate(keys.planes)},
+        **{f"V{i}": plane for i, plane in enumerate(values.planes)},
+        "D": fmt.head_size,
+        "GROUP": fmt.scale_group,
+        "BLOCK_SIZE": cache.shape[2],
+        "UNIT_BYTES": fmt.unit_bytes,
+    }

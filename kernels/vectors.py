@@ -10,6 +10,13 @@ import triton.language as tl
 
 
 @triton.jit
+def token_units(cache, block, position, head, stride_block, stride_head, BLOCK_SIZE: tl.constexpr, UNIT_BYTES: tl.constexpr):
+    """``unit`` and ``token`` of positions [N] whose physical blocks are ``block`` [N]."""
+    page = cache + block.to(tl.int64) * stride_block + head.to(tl.int64) * stride_head
+    return page + position % BLOCK_SIZE // 16 * UNIT_BYTES, (position % 16).to(tl.int32)
+
+
+@triton.jit
 def load_words(unit, token, live, table, PLANE: tl.constexpr, WP: tl.constexpr):
     """int32 [N, WP]: the words of one plane; 0 where not live or past the plane's last word."""
     WORDS: tl.constexpr = PLANE[0]

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -28,8 +28,7 @@ def model_scale_group(head_size: int) -> int:
 
 
 def _note_head_size(head_size: int) -> None:
-    layers: dict[str, Any] = get_current_vllm_config().compilation_config.static_forward_context
-    if not any(isinstance(getattr(layer, "impl", None), TurboQuantImpl) for layer in layers.values()):
+    if not compressed_layers(get_current_vllm_config()):
         _HEAD_SIZES.clear()  # the first layer of a new model
     _HEAD_SIZES.add(head_size)
 
@@ -188,3 +187,10 @@ class TurboQuantImpl(AttentionImpl):
             assert key is not None and value is not None, "layers that share another's cache are refused on a GPU"
             rows = slice(meta.prefill.start, meta.prefill.start + meta.prefill.tokens)
             attend_prefill(self, meta.prefill, query[rows], key[rows], value[rows], kv_cache, meta.block_table, out[rows])
+
+
+def compressed_layers(vllm_config: VllmConfig) -> list[TurboQuantImpl]:
+    """The implementations of all compressed layers that exist so far, draft layers included."""
+    layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
+    impls = [getattr(layer, "impl", None) for layer in layers.values()]
+    return [impl for impl in impls if isinstance(impl, TurboQuantImpl)]

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, Att
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .config import FLAG, refuse
-from .prefill import PrefillPlan, plan_prefill
+from .plan import PrefillPlan, plan_prefill
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -77,7 +77,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         if self.on_gpu:
             decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
         if prefills:
-            prefill = plan_prefill(common, decodes, self.device)
+            prefill = plan_prefill(common, decodes)
         return TurboQuantMetadata(
             num_actual_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc,

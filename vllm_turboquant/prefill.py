@@ -6,82 +6,15 @@ request, and the same plan serves first chunks, continuations, prefix hits and m
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from .plan import ContextPart, PrefillPlan
+
 if TYPE_CHECKING:
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
     from .impl import TurboQuantImpl
-
-
-@dataclass
-class PrefillPlan:
-    """The prefills of a batch: requests ``first ..`` of it, tokens from ``start`` on.
-
-    query_lens, contexts: host ints per prefill (new tokens, older tokens). query_start_loc: int32 ``[n + 1]`` on the
-    device, from 0.
-    """
-
-    first: int
-    start: int
-    query_lens: list[int]
-    contexts: list[int]
-    query_start_loc: torch.Tensor
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.query_lens)
-
-
-@dataclass
-class ContextPart:
-    """Ranges of older context that fit the workspace together: ``(request, first token, count)``, ascending requests."""
-
-    ranges: list[tuple[int, int, int]]
-    used: int = 0
-
-
-def plan_prefill(common: CommonAttentionMetadata, decodes: int, device: torch.device) -> PrefillPlan:
-    """Reads the host copies of lengths that vLLM keeps; no synchronisation."""
-    starts: list[int] = common.query_start_loc_cpu[decodes : common.num_reqs + 1].tolist()
-    lengths: list[int] = common.seq_lens_cpu_upper_bound[decodes : common.num_reqs].tolist()
-    query_lens = [b - a for a, b in itertools.pairwise(starts)]
-    contexts = [length - rows for length, rows in zip(lengths, query_lens, strict=True)]
-    location = common.query_start_loc[decodes : common.num_reqs + 1] - starts[0]
-    return PrefillPlan(decodes, starts[0], query_lens, contexts, location)
-
-
-def split_contexts(contexts: list[int], capacity: int) -> list[ContextPart]:
-    """Packs all context tokens into parts of at most ``capacity`` tokens, each request at most once a part."""
-    parts: list[ContextPart] = []
-    part = ContextPart([])
-    for request, context in enumerate(contexts):
-        done = 0
-        while done < context:
-            count = min(context - done, capacity - part.used)
-            if count == 0 or (part.ranges and part.ranges[-1][0] == request):
-                parts.append(part)
-                part = ContextPart([])
-                continue
-            part.ranges.append((request, done, count))
-            part.used += count
-            done += count
-    return [*parts, part] if part.ranges else parts
-
-
-def _device_ints(values: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
-
-
-def _offsets(lengths: list[int]) -> list[int]:
-    total = [0]
-    for length in lengths:
-        total.append(total[-1] + length)
-    return total
 
 
 def attend_prefill(
@@ -96,142 +29,132 @@ def attend_prefill(
 ) -> None:
     """Causal attention of the batch's prefills; query, key, value, out are the prefills' own rows ``[T, H, d]``.
 
-    Writes all of ``out``. The workspace holds `workspace.CONTEXT_BYTES` of decoded context, whatever the context's length.
+    block_table: int32 ``[R, *]`` of the whole batch. Writes all of ``out``. The workspace holds `workspace.CONTEXT_BYTES` of
+    decoded context, whatever the context's length.
     """
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-
-    from .kernels.prefill import load_context
     from .workspace import prefill_scratch
 
-    context_key, context_value, partial = prefill_scratch(
-        plan.tokens, layer.num_heads, layer.num_kv_heads, layer.head_size, query.dtype
-    )
-    common: dict[str, object] = {
-        "softmax_scale": layer.scale,
-        "softcap": layer.logits_soft_cap or 0.0,
-        "fa_version": layer.flash_attention,
-        "return_softmax_lse": True,
-    }
+    scratch = prefill_scratch(plan.tokens, layer.num_heads, layer.num_kv_heads, layer.head_size, query.dtype)
+    step = _LayerPrefill(layer, plan, query, key, value, cache, block_table, out, *scratch)
     if layer.sliding_window is not None and any(plan.contexts):
-        lse = _attend_windows(layer, plan, query, key, value, cache, block_table, out, context_key, context_value, common)
+        lse = step.windows(layer.sliding_window)
     else:
-        longest = max(plan.query_lens)
-        window = [-1, -1] if layer.sliding_window is None else [layer.sliding_window - 1, 0]
-        _, lse = flash_attn_varlen_func(
-            q=query,
-            k=key,
-            v=value,
-            out=out,
-            cu_seqlens_q=plan.query_start_loc,
-            cu_seqlens_k=plan.query_start_loc,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            causal=True,
-            window_size=window,
-            **common,
-        )
-        starts = _offsets(plan.query_lens)
-        for part in split_contexts(plan.contexts, context_key.shape[0]):
-            used = 0
-            for request, first, count in part.ranges:
-                blocks = block_table[plan.first + request]
-                load_context(cache, blocks, first, count, context_key[used:], context_value[used:], layer.format)
-                used += count
-            begin, end = part.ranges[0][0], part.ranges[-1][0] + 1
-            counts = [0] * (end - begin)
-            for request, _, count in part.ranges:
-                counts[request - begin] = count
-            rows = slice(starts[begin], starts[end])
-            _, part_lse = flash_attn_varlen_func(
-                q=query[rows],
-                k=context_key[:used],
-                v=context_value[:used],
-                out=partial[: rows.stop - rows.start],
-                cu_seqlens_q=_device_ints([s - starts[begin] for s in starts[begin : end + 1]], query.device),
-                cu_seqlens_k=_device_ints(_offsets(counts), query.device),
-                max_seqlen_q=max(plan.query_lens[begin:end]),
-                max_seqlen_k=max(counts),
-                causal=False,
-                **common,
-            )
-            lse = _merge(out, lse, partial, part_lse, rows)
+        lse = step.own_tokens()
+        for part in plan.parts(step.context_key.shape[0]):
+            lse = step.older_context(part, lse)
     if layer.sinks is not None:
         # A sink takes part in the softmax without a value: it only shrinks what the tokens would give.
         share = torch.sigmoid(lse - layer.sinks.to(lse.dtype)[:, None])
         out.mul_(share.T[:, :, None])
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor, partial: torch.Tensor, part_lse: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Merges a part's output (``partial``, from its row 0) into ``out[rows]``; returns the new log-sum-exp ``[Hq, T]``."""
-    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+@dataclass
+class _LayerPrefill:
+    """The prefills of one layer. lse: fp32 ``[Hq, T]``, log-sum-exp of each row's scores so far."""
 
-    merged = torch.empty_like(part_lse)
-    merge_attn_states(
-        output=out[rows],
-        prefix_output=partial[: rows.stop - rows.start],
-        prefix_lse=part_lse,
-        suffix_output=out[rows],
-        suffix_lse=lse[:, rows].contiguous(),
-        output_lse=merged,
-    )
-    if merged.shape == lse.shape:
-        return merged
-    lse = lse.clone()
-    lse[:, rows] = merged
-    return lse
+    layer: TurboQuantImpl
+    plan: PrefillPlan
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    cache: torch.Tensor
+    block_table: torch.Tensor
+    out: torch.Tensor
+    context_key: torch.Tensor
+    context_value: torch.Tensor
+    partial: torch.Tensor
 
+    def _flash(
+        self,
+        rows: slice,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        starts: tuple[torch.Tensor, torch.Tensor],
+        longest: tuple[int, int],
+        causal: bool,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """FlashAttention of ``query[rows]`` into ``out``; starts and longest: of queries and keys. Returns the lse."""
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-def _attend_windows(
-    layer: TurboQuantImpl,
-    plan: PrefillPlan,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    out: torch.Tensor,
-    context_key: torch.Tensor,
-    context_value: torch.Tensor,
-    common: dict[str, object],
-) -> torch.Tensor:
-    """Sliding window over older context: the window's tail is decoded in front of the raw rows, then one causal call.
+        _, lse = flash_attn_varlen_func(
+            q=self.query[rows],
+            k=key,
+            v=value,
+            out=out,
+            cu_seqlens_q=starts[0],
+            cu_seqlens_k=starts[1],
+            max_seqlen_q=longest[0],
+            max_seqlen_k=longest[1],
+            softmax_scale=self.layer.scale,
+            causal=causal,
+            window_size=[-1, -1] if window is None else [window - 1, 0],
+            softcap=self.layer.logits_soft_cap or 0.0,
+            return_softmax_lse=True,
+            fa_version=self.layer.flash_attention,
+        )
+        return lse
 
-    Only context that a row can see is read: vLLM frees and reuses the rest. Rows go in blocks that fit the workspace.
-    """
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+    def _load(self, request: int, first: int, count: int, at: int) -> None:
+        from .kernels.prefill import load_context
 
-    from .kernels.prefill import load_context
+        blocks = self.block_table[self.plan.first + request]
+        load_context(self.cache, blocks, first, count, self.context_key[at:], self.context_value[at:], self.layer.format)
 
-    window = layer.sliding_window
-    assert window is not None
-    step = context_key.shape[0] - window
-    assert step > 0, f"sliding window {window} exceeds the prefill workspace of {context_key.shape[0]} tokens"
-    lse = torch.empty(layer.num_heads, query.shape[0], dtype=torch.float32, device=query.device)
-    start = 0
-    for request, (rows, context) in enumerate(zip(plan.query_lens, plan.contexts, strict=True)):
-        for begin in range(0, rows, step):
-            end = min(rows, begin + step)
-            oldest = max(0, context + begin - window + 1)
-            tail = max(0, context - oldest)
-            raw = slice(start + max(0, oldest - context), start + end)
-            length = tail + raw.stop - raw.start
-            load_context(cache, block_table[plan.first + request], oldest, tail, context_key, context_value, layer.format)
-            context_key[tail:length].copy_(key[raw])
-            context_value[tail:length].copy_(value[raw])
-            part = slice(start + begin, start + end)
-            _, part_lse = flash_attn_varlen_func(
-                q=query[part],
-                k=context_key[:length],
-                v=context_value[:length],
-                out=out[part],
-                cu_seqlens_q=_device_ints([0, end - begin], query.device),
-                cu_seqlens_k=_device_ints([0, length], query.device),
-                max_seqlen_q=end - begin,
-                max_seqlen_k=length,
+    def own_tokens(self) -> torch.Tensor:
+        plan = self.plan
+        starts = (plan.query_start_loc, plan.query_start_loc)
+        longest = (plan.longest, plan.longest)
+        window = self.layer.sliding_window
+        return self._flash(slice(None), self.key, self.value, self.out, starts, longest, causal=True, window=window)
+
+    def older_context(self, part: ContextPart, lse: torch.Tensor) -> torch.Tensor:
+        """Adds one part of the older context to ``out`` and the lse."""
+        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+        used = 0
+        for request, first, count in part.ranges:
+            self._load(request, first, count, used)
+            used += count
+        rows = part.rows
+        partial = self.partial[: rows.stop - rows.start]
+        starts, longest = (part.query_start_loc, part.key_start_loc), (part.longest_query, part.longest_key)
+        part_lse = self._flash(rows, self.context_key[:used], self.context_value[:used], partial, starts, longest, causal=False)
+        merged = torch.empty_like(part_lse)
+        merge_attn_states(
+            output=self.out[rows],
+            prefix_output=partial,
+            prefix_lse=part_lse,
+            suffix_output=self.out[rows],
+            suffix_lse=lse[:, rows].contiguous(),
+            output_lse=merged,
+        )
+        if merged.shape == lse.shape:
+            return merged
+        lse = lse.clone()
+        lse[:, rows] = merged
+        return lse
+
+    def windows(self, window: int) -> torch.Tensor:
+        """Sliding window over older context: the window's tail is decoded in front of the raw rows, then one causal call.
+
+        Only context that a row can see is read: vLLM frees and reuses the rest. Rows go in blocks that fit the workspace.
+        """
+        lse = torch.empty(self.layer.num_heads, self.query.shape[0], dtype=torch.float32, device=self.query.device)
+        for part in self.plan.windows(window, self.context_key.shape[0]):
+            raw, tail, length = part.own, part.tail, part.longest_key
+            self._load(part.request, part.oldest, tail, 0)
+            self.context_key[tail:length].copy_(self.key[raw])
+            self.context_value[tail:length].copy_(self.value[raw])
+            lse[:, part.rows] = self._flash(
+                part.rows,
+                self.context_key[:length],
+                self.context_value[:length],
+                self.out[part.rows],
+                (part.query_start_loc, part.key_start_loc),
+                (part.rows.stop - part.rows.start, length),
                 causal=True,
-                window_size=[window - 1, 0],
-                **common,
+                window=window,
             )
-            lse[:, part] = part_lse
-        start += rows
-    return lse
+        return lse

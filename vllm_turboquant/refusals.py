@@ -91,9 +91,33 @@ def _check_model(dtype: str, model: Any, platform: Any) -> None:
     if not has_page_format(size):
         allowed = f"multiples of {HEAD_SIZE_STEP} from {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE}"
         raise refuse(FLAG, dtype, f"model {model.model} has head size {size}; allowed are {allowed}", SERVE_PLAIN)
-    if platform.is_cuda() and size > MAX_GPU_HEAD_SIZE:
-        reason = f"model {model.model} has head size {size}; allowed on a GPU, where FlashAttention prefills, are up to 256"
+    if platform.is_cuda():
+        _check_prefill(dtype, model, size)
+
+
+def _check_prefill(dtype: str, model: Any, head_size: int) -> None:
+    """On a GPU, FlashAttention attends to a prompt's own tokens."""
+    if head_size > MAX_GPU_HEAD_SIZE:
+        reason = f"model {model.model} has head size {head_size}; allowed on a GPU, where FlashAttention prefills, are up to 256"
         raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
+    if model.dtype.itemsize != 2:
+        given = str(model.dtype).removeprefix("torch.")
+        reason = f"cannot be combined with --dtype {given} on a GPU, where FlashAttention prefills"
+        raise refuse(FLAG, dtype, f"{reason}; allowed are bfloat16 and float16", "use --dtype bfloat16")
+    missing = _missing_flash_attention()
+    if missing is not None:
+        reason = f"needs FlashAttention 2 or 3 on a GPU, which this installation of vLLM lacks ({missing})"
+        raise refuse(FLAG, dtype, reason, "install vLLM's CUDA wheel or use --kv-cache-dtype auto")
+
+
+def _missing_flash_attention() -> str | None:
+    """Why vLLM's FlashAttention cannot run here; None where it can."""
+    try:
+        from vllm.vllm_flash_attn.flash_attn_interface import fa_version_unsupported_reason
+    except ImportError as error:
+        return str(error)
+    reasons = [fa_version_unsupported_reason(version) for version in (3, 2)]
+    return None if None in reasons else reasons[-1]
 
 
 def check_engine_args(args: Any, model: Any, platform: Any) -> None:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
+from vllm.config import VllmConfig
 
+from .impl import TurboQuantImpl, compressed_layers
 from .kernels.combine import plan_decode
 from .kernels.decode import decode
 from .kernels.prefill import load_context
 from .kernels.store import store
 from .workspace import decode_scratch, prefill_scratch
 
-if TYPE_CHECKING:
-    from .impl import TurboQuantImpl
-
 
 def warm_up(vllm_config: VllmConfig, block_size: int, max_query_len: int, device: torch.device) -> None:
     """Runs store, decode and context loading once for each kind of compressed layer. Touches no page of the KV cache."""
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
     seen: set[tuple[object, ...]] = set()
-    for layer in layers.values():
-        impl = layer.impl
-        if not hasattr(impl, "preset"):
-            continue
+    for impl in compressed_layers(vllm_config):
         kind = (
             impl.preset,
             impl.num_heads,

@@ -5,18 +5,13 @@ vLLM's workspace manager owns it; `reserve` runs while vLLM profiles memory, so 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import max_decode_query_len
 from vllm.v1.worker.workspace import current_workspace_manager
 
+from .impl import compressed_layers
 from .kernels.combine import plan_decode
-
-if TYPE_CHECKING:
-    from .impl import TurboQuantImpl
 
 CONTEXT_BYTES = 48 * 2**20  # decoded keys and values of one range of older context
 
@@ -45,8 +40,7 @@ def reserve(vllm_config: VllmConfig) -> None:
     """Grows the workspace to the most that any step of any compressed layer can ask for."""
     scheduler = vllm_config.scheduler_config
     query_len = max_decode_query_len(vllm_config)
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
-    shapes = {_shape(layer.impl) for layer in layers.values() if hasattr(layer.impl, "preset")}
+    shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_size) for impl in compressed_layers(vllm_config)}
     for heads, kv_heads, head_size in shapes:
         floats = max(
             plan_decode(requests, requests * query_len, heads, kv_heads, head_size, query_len).floats
@@ -54,7 +48,3 @@ def reserve(vllm_config: VllmConfig) -> None:
         )
         decode_scratch(floats)
         prefill_scratch(scheduler.max_num_batched_tokens, heads, kv_heads, head_size, vllm_config.model_config.dtype)
-
-
-def _shape(impl: TurboQuantImpl) -> tuple[int, int, int]:
-    return impl.num_heads, impl.num_kv_heads, impl.head_size

@@ -1,9 +1,10 @@
 """vLLM's engine on a Llama-3.1-8B shape with dummy weights: capacity, prefill seconds, time per output token, start-up.
 
     python -m tests.bench.engine auto fp8 turboquant          one process a dtype, one `call` for all rows
+    python -m tests.bench.engine --memory auto turboquant     peak memory beside the KV cache against context
 
-Appends a row a dtype to results/engine_<card>.jsonl. Prefill and decode of B requests of L tokens are told apart by running
-1 and 65 output tokens. A dtype named twice is started twice: the second start finds warm kernel caches.
+Appends a row a dtype to results/engine_<card>.jsonl, or memory_<card>.jsonl. Prefill and decode of B requests of L tokens are
+told apart by running 1 and 65 output tokens. A dtype named twice is started twice: the second finds warm kernel caches.
 """
 
 from __future__ import annotations
@@ -16,27 +17,28 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 from .rows import append_row
 
 SHAPES = ((48, 8192), (1, 32768))
 OUTPUT_TOKENS = 65
+CONTEXTS = (8192, 131000)  # tokens of the one request whose memory is watched
 
 
-def measure(dtype: str) -> dict[str, object]:
-    """In this process: starts an engine and times it."""
+def start(dtype: str, max_model_len: int) -> tuple[Any, float]:
+    """A Llama-3.1-8B with dummy weights in this process, decodes in FULL graphs; and the seconds its start took."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    start = time.time()
+    begin = time.time()
     llm = LLM(
         model=str(Path(__file__).parent / "models" / "llama8b"),
         skip_tokenizer_init=True,
         load_format="dummy",
         dtype="bfloat16",
-        max_model_len=40960,
+        max_model_len=max_model_len,
         gpu_memory_utilization=0.88,
         kv_cache_dtype=dtype,
         enable_prefix_caching=False,
@@ -48,42 +50,68 @@ def measure(dtype: str) -> dict[str, object]:
             "cudagraph_capture_sizes": [1, 8, 16, 32, 48, 64, 128, 256],
         },
     )
-    start_s = time.time() - start
+    return llm, time.time() - begin
+
+
+def generate(llm: Any, batch: int, length: int, tokens: int) -> float:
+    """Seconds for ``batch`` random prompts of ``length`` tokens and ``tokens`` more each."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": [random.randint(5, 100000) for _ in range(length)]} for _ in range(batch)]
+    sampling = SamplingParams(max_tokens=tokens, min_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False)
+    begin = time.time()
+    llm.generate(prompts, sampling, use_tqdm=False)
+    return time.time() - begin
+
+
+def measure(dtype: str) -> dict[str, object]:
+    """In this process: starts an engine and times it."""
+    llm, start_s = start(dtype, 40960)
     cache = llm.llm_engine.vllm_config.cache_config
 
-    def generate(batch: int, length: int, tokens: int) -> float:
-        prompts = [{"prompt_token_ids": [random.randint(5, 100000) for _ in range(length)]} for _ in range(batch)]
-        sampling = SamplingParams(max_tokens=tokens, min_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False)
-        begin = time.time()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        return time.time() - begin
-
-    generate(2, 256, 4)
+    generate(llm, 2, 256, 4)
     row: dict[str, object] = {
         "dtype": dtype,
         "capacity_tokens": cache.num_gpu_blocks * cache.block_size,
         "start_s": round(start_s, 1),
     }
     for batch, length in SHAPES:
-        prefill, whole = generate(batch, length, 1), generate(batch, length, OUTPUT_TOKENS)
+        prefill, whole = generate(llm, batch, length, 1), generate(llm, batch, length, OUTPUT_TOKENS)
         tpot_ms = (whole - prefill) / (OUTPUT_TOKENS - 1) * 1e3
         row[f"B{batch}_L{length}"] = {"prefill_s": round(prefill, 2), "tpot_ms": round(tpot_ms, 2)}
-    row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return row
+
+
+def measure_memory(dtype: str) -> dict[str, object]:
+    """In this process: bytes beyond those of the idle engine, its KV cache included, while one request of each length runs."""
+    import torch
+
+    llm, _ = start(dtype, CONTEXTS[-1] + 64)
+    generate(llm, 2, 256, 4)
+    row: dict[str, object] = {"dtype": dtype}
+    for length in CONTEXTS:
+        idle = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        generate(llm, 1, length, 16)
+        row[f"L{length}_mib"] = round((torch.cuda.max_memory_allocated() - idle) / 2**20, 1)
     return row
 
 
 def main() -> None:
-    if sys.argv[1] == "--one":
-        print("ROW", json.dumps(measure(sys.argv[2])), flush=True)
+    memory = "--memory" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--memory"]
+    if arguments[0] == "--one":
+        print("ROW", json.dumps((measure_memory if memory else measure)(arguments[1])), flush=True)
         return
     call = uuid.uuid4().hex[:8]
-    for dtype in sys.argv[1:]:
-        child = subprocess.run([sys.executable, "-m", "tests.bench.engine", "--one", dtype], stdout=subprocess.PIPE, text=True)
+    for dtype in arguments:
+        command = [sys.executable, "-m", "tests.bench.engine", *(["--memory"] if memory else []), "--one", dtype]
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         rows = [line[4:] for line in child.stdout.splitlines() if line.startswith("ROW ")]
         if not rows:
             print(f"{dtype}: no result, exit {child.returncode}\n{child.stdout[-3000:]}", flush=True)
             continue
-        print(append_row("engine", {**json.loads(rows[0]), "call": call}), flush=True)
+        print(append_row("memory" if memory else "engine", {**json.loads(rows[0]), "call": call}), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_turboquant.config import TurboQuantError
 
@@ -80,21 +81,40 @@ def test_excepthook_prints_only_our_sentences(plugin: None, capsys: pytest.Captu
     assert seen == [ValueError]
 
 
-@pytest.mark.parametrize(("size", "served"), [(256, True), (512, False)])
-def test_head_sizes_on_a_gpu(size: int, served: bool) -> None:
-    from vllm_turboquant.refusals import _check_model
+MISSING_FA = "FA2 is unavailable due to: no library"
+GPU_REFUSALS = {
+    "served": (256, torch.bfloat16, None, ()),
+    "half": (64, torch.float16, None, ()),
+    "head size": (512, torch.bfloat16, None, ("head size 512", "up to 256", "--kv-cache-dtype auto.")),
+    "float32": (128, torch.float32, None, ("--dtype float32 on a GPU", "bfloat16 and float16", "use --dtype bfloat16.")),
+    "no FlashAttention": (128, torch.bfloat16, MISSING_FA, ("needs FlashAttention", MISSING_FA, "vLLM's CUDA wheel")),
+}
 
+
+@pytest.mark.parametrize("case", GPU_REFUSALS)
+def test_models_on_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_turboquant import refusals
+
+    size, dtype, missing, parts = GPU_REFUSALS[case]
     no = dict.fromkeys(("is_attention_free", "is_encoder_decoder", "use_mla", "is_mm_prefix_lm"), False)
     text = SimpleNamespace(alibi=False)
     model = SimpleNamespace(
-        model="M", runner_type="generate", architecture="LlamaForCausalLM", architectures=["LlamaForCausalLM"], **no
+        model="M", runner_type="generate", architecture="LlamaForCausalLM", architectures=["LlamaForCausalLM"], dtype=dtype, **no
     )
     model.hf_text_config = model.hf_config = text
     model.get_head_size = lambda: size
     gpu = SimpleNamespace(is_cuda=lambda: True)
-    if served:
-        _check_model("turboquant", model, gpu)
+    monkeypatch.setattr(refusals, "_missing_flash_attention", lambda: missing)
+    if not parts:
+        refusals._check_model("turboquant", model, gpu)
         return
     with pytest.raises(TurboQuantError) as caught:
-        _check_model("turboquant", model, gpu)
-    check_sentence(str(caught.value), ("--kv-cache-dtype turboquant", "head size 512", "up to 256", "--kv-cache-dtype auto."))
+        refusals._check_model("turboquant", model, gpu)
+    check_sentence(str(caught.value), ("--kv-cache-dtype turboquant", *parts))
+
+
+def test_flash_attention_missing_from_this_installation(plugin: None) -> None:
+    """vLLM's CPU build has none: the reason is told instead of raised."""
+    from vllm_turboquant.refusals import _missing_flash_attention
+
+    assert _missing_flash_attention()

@@ -60,6 +60,7 @@ class Flags:
     dtype: str = "float32"
     extra: tuple[str, ...] = ()
     cores: int = 1  # 2: one tensor-parallel rank a core
+    eager: bool = True
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Server:
         ]
         command += [f"--dtype={flags.dtype}", f"--host={HOST}", f"--port={self.port}", "--served-model-name=m"]
         # vLLM would ask for nearly all memory where no cache size is given, and two servers share it.
-        command += ["--enforce-eager", "--gpu-memory-utilization=0.1", *flags.extra]
+        command += ["--gpu-memory-utilization=0.1", *(["--enforce-eager"] if flags.eager else []), *flags.extra]
         environment = os.environ | ENVIRONMENT
         if flags.cores > 1:
             own = sorted(os.sched_getaffinity(0))

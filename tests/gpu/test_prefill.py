@@ -1,0 +1,95 @@
+"""Prefill of mixed batches against float64: raw own tokens, older context from the pages in several parts, windows, sinks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_turboquant.kernels import reference
+from vllm_turboquant.kernels.format import PRESETS, page_format
+
+from .shadow import attend, cached
+
+pytestmark = pytest.mark.gpu
+# New tokens and older ones of each request; the first two rows of the batch are decodes, which the plan skips.
+QUERIES, CONTEXTS = [5, 70, 1, 33, 200], [0, 31, 300, 17, 64]
+HEADS, KV_HEADS, BLOCK = 8, 2, 16
+
+
+@pytest.fixture
+def workspace(monkeypatch):
+    """Parts of a hundred tokens instead of thousands, so that a context takes several."""
+    pytest.importorskip("vllm")
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    from vllm_turboquant import workspace
+
+    init_workspace_manager(torch.device("cuda"))
+    monkeypatch.setattr(workspace, "context_tokens", lambda kv_heads, head_size, dtype: 160)
+
+
+OPTIONS = {
+    "plain": {},
+    "window in the chunk": {"window": 20},
+    "window beyond the chunk": {"window": 120},
+    "soft cap": {"soft_cap": 3.0},
+    "sinks": {"sinks": True},
+    "window and sinks": {"window": 50, "sinks": True},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("head_size", (64, 128, 256))
+@pytest.mark.parametrize("preset", ("turboquant", "turboquant-k8v4"))
+def test_mixed_batch(workspace, preset, head_size, option, seed):
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    from vllm_turboquant.plan import PrefillPlan
+    from vllm_turboquant.prefill import attend_prefill
+
+    assert preset in PRESETS
+    fmt = page_format(preset, head_size)
+    g = torch.Generator(device="cuda").manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, device="cuda").to(torch.bfloat16)
+
+    window, sinks = OPTIONS[option].get("window"), OPTIONS[option].get("sinks")
+    layer = SimpleNamespace(
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_size=head_size,
+        format=fmt,
+        scale=head_size**-0.5,
+        sliding_window=window,
+        logits_soft_cap=OPTIONS[option].get("soft_cap"),
+        sinks=normal(HEADS) if sinks else None,
+        flash_attention=get_flash_attn_version(head_size=head_size),
+    )
+    tokens = sum(QUERIES)
+    query, key, value = normal(tokens, HEADS, head_size), normal(tokens, KV_HEADS, head_size), normal(tokens, KV_HEADS, head_size)
+    blocks = 2 + max(-(-(q + c) // BLOCK) for q, c in zip(QUERIES, CONTEXTS, strict=True))
+    order = torch.randperm(blocks * (len(QUERIES) + 2), generator=g, device="cuda")
+    table = order.view(-1, blocks).to(torch.int32)
+    cache = torch.full((order.numel(), KV_HEADS, BLOCK, fmt.slot_bytes), 0xFF, dtype=torch.uint8, device="cuda")
+    for r, context in enumerate(CONTEXTS):
+        # What the window has passed was freed: it stays 0xFF, whose scales are NaN.
+        position = torch.arange(0 if window is None else max(0, context - window + 1), context, device="cuda")
+        slots = table[r + 2, position // BLOCK].long() * BLOCK + position % BLOCK
+        reference.store(*(normal(len(position), KV_HEADS, head_size) for _ in range(2)), cache, slots, fmt)
+    starts = torch.tensor([0, *QUERIES], device="cuda").cumsum(0).to(torch.int32)
+    plan = PrefillPlan(2, 2, QUERIES, CONTEXTS, starts)
+    out = torch.full_like(query, float("nan"))
+    attend_prefill(layer, plan, query, key, value, cache, table, out)
+
+    for r, context in enumerate(CONTEXTS):
+        rows = slice(int(starts[r]), int(starts[r + 1]))
+        oldest = 0 if window is None else max(0, context - window + 1)
+        sides = cached(cache, table[r + 2], oldest, context, fmt) if context > oldest else [key[:0].double()] * 2
+        sides = [torch.cat([old, new[rows].double()]) for old, new in zip(sides, (key, value), strict=True)]
+        options = (layer.scale, window, layer.logits_soft_cap, layer.sinks)
+        truth = attend(query[rows].double(), *sides, *options)
+        plain = attend(query[rows], *(x.to(torch.bfloat16) for x in sides), *options)
+        ours, torchs = (float((x.double() - truth).norm() / truth.norm()) for x in (out[rows], plain))
+        print(f"request {r}: {ours:.1e}, plain torch {torchs:.1e}")
+        assert ours <= 2 * torchs, (r, ours, torchs)

@@ -1,0 +1,87 @@
+"""A real server on a card: 256 concurrent requests in a pool that holds a tenth of them, and nothing compiled while serving."""
+
+import os
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+
+from ..server.answers import complete, story
+from ..server.harness import LOSSLESS, Flags, ServerPool, side_by_side
+
+pytestmark = pytest.mark.gpu
+CONCURRENT, ALONE, TOKENS = 256, 24, 48
+EXTRA = (
+    "--max-model-len=512",
+    "--max-num-batched-tokens=512",
+    "--kv-cache-memory-bytes=1G",
+    "--num-gpu-blocks-override=256",
+    "--no-enable-prefix-caching",
+    # The harness turns torch.compile off; decodes still replay from FULL graphs.
+    '--compilation-config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8, 32, 64]}',
+)
+OUR_KERNELS = ("_store_kernel", "_decode_kernel", "_combine_kernel", "_transform_kernel", "_load_context_kernel")
+
+
+@pytest.fixture
+def servers(tmp_path, monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    pool = ServerPool(tmp_path)
+    yield pool
+    pool.close()
+
+
+def flags(model, kv):
+    return Flags(Path(model), kv, dtype="bfloat16", extra=EXTRA, eager=False)
+
+
+def closeness(alone, together):
+    """Share of tokens before answers part, for each answer; and the largest gap of log-probabilities before."""
+    shares, gap = [], 0.0
+    for a, b in zip(alone, together, strict=True):
+        common = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), TOKENS)
+        gap = max([gap, *(abs(x - y) for x, y in zip(a.logprobs[:common], b.logprobs[:common], strict=True))])
+        shares.append(common / TOKENS)
+    return shares, gap
+
+
+def burst(server, prompts):
+    """Some answers alone, then all at once."""
+    alone = [complete(server, prompt, TOKENS) for prompt in prompts[:ALONE]]
+    together = side_by_side(*[lambda prompt=prompt: complete(server, prompt, TOKENS) for prompt in prompts])
+    assert server.metric("vllm:num_preemptions_total") > 0
+    return closeness(alone, together[:ALONE])
+
+
+def test_preempted_answers_are_as_close_to_solo_ones_as_autos(servers, smollm2, seed):
+    rng = random.Random(seed)
+    prompts = [story(rng, rng.randrange(5, 30)) for _ in range(CONCURRENT)]
+    auto, lossless = servers.get(flags(smollm2, "auto"), flags(smollm2, LOSSLESS))
+    results = {server.flags.kv: burst(server, prompts) for server in (auto, lossless)}
+    for name, (shares, gap) in results.items():
+        print(f"{name}: {statistics.mean(shares):.3f} of tokens as alone, log-probabilities before within {gap:.3f}")
+    ours, theirs = results[LOSSLESS], results["auto"]
+    # Means of 24 shares; three standard errors of their difference.
+    error = (statistics.variance(ours[0]) + statistics.variance(theirs[0])) / ALONE
+    assert statistics.mean(ours[0]) >= statistics.mean(theirs[0]) - 3 * error**0.5 - 0.02
+    assert ours[1] <= max(0.3, 2 * theirs[1])  # bf16 logits of about 20 are multiples of 1/8
+
+
+def test_default_preset_survives_and_compiles_nothing_while_serving(servers, smollm2, seed):
+    rng = random.Random(seed)
+    (server,) = servers.get(flags(smollm2, "turboquant"))
+
+    def compiled():
+        """``(folder, kernel)`` of every binary in Triton's cache."""
+        return {(file.parent.name, file.stem) for file in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")}
+
+    before = compiled()
+    assert set(OUR_KERNELS) <= {kernel for _, kernel in before}
+    shares, _ = burst(server, [story(rng, rng.randrange(5, 140)) for _ in range(CONCURRENT)])
+    print(f"turboquant: {statistics.mean(shares):.3f} of tokens as alone")
+    late = [kernel for _, kernel in compiled() - before]
+    print(f"compiled while serving: {sorted(late) or 'nothing'}")
+    assert not set(late) & set(OUR_KERNELS)
