@@ -62,14 +62,15 @@ def _load_side(
             tl.store(target + c[None, :], x.to(out.dtype.element_ty), mask=live[:, None] & (c < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["first", "count"])
+@triton.jit(do_not_specialize=["table_stride"])
 def _load_context_kernel(
     key,
     value,
     cache,
-    blocks,
+    block_table,
     first,
-    count,
+    start_loc,
+    table_stride,
     matrix,
     sketch_matrix,
     key_table,
@@ -100,13 +101,15 @@ def _load_context_kernel(
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
-    head = tl.program_id(1)
-    live = row < count
-    n = first + row
-    block = tl.load(blocks + n // BLOCK_SIZE, mask=live, other=0)
+    head, request = tl.program_id(1), tl.program_id(2) // 2
+    start = tl.load(start_loc + request)
+    index = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = start + index
+    live = row < tl.load(start_loc + request + 1)
+    n = tl.load(first + request) + index
+    block = tl.load(block_table + request.to(tl.int64) * table_stride + n // BLOCK_SIZE, mask=live, other=0)
     unit, token = token_units(cache, block, n, head, cache_stride_block, cache_stride_head, BLOCK_SIZE, UNIT_BYTES)
-    if tl.program_id(2) == 0:
+    if tl.program_id(2) % 2 == 0:
         _load_side(
             key, unit, token, live, row, head, out_stride_token, out_stride_head, matrix, sketch_matrix,
             key_table, key_scalars, key_norms, key_levels, KEY_BITS, KEY_SKETCH, K0, K1, K2, D, GROUP, DP, BN, BC,
@@ -119,28 +122,38 @@ def _load_context_kernel(
 
 
 def load_context(
-    cache: torch.Tensor, blocks: torch.Tensor, first: int, count: int, key: torch.Tensor, value: torch.Tensor, fmt: PageFormat
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    first: torch.Tensor,
+    start_loc: torch.Tensor,
+    longest: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    fmt: PageFormat,
 ) -> None:
-    """Decodes tokens ``first .. first + count - 1`` of one request into key and value.
+    """Decodes one range of tokens a request: ``first[r], first[r] + 1, ...`` into rows ``start_loc[r] .. start_loc[r + 1] - 1``.
 
-    cache: uint8 ``[B, H, N, C]``. blocks: int32 ``[*]``, the request's row of the block table. key, value: floating
-    ``[>= count, H, d]`` of equal strides, last dim contiguous; rows below ``count`` are written, in the model's basis.
+    cache: uint8 ``[B, H, N, C]``. block_table: int32 ``[R, *]``, last dim contiguous. first: int32 ``[R]``. start_loc: int32 ``[R
+    + 1]``. Both are read on the device, where lengths are exact; ``longest`` is the host's bound of a range. key, value:
+    floating ``[rows, H, d]`` of equal strides, last dim contiguous; written in the model's basis.
     """
     heads, d = key.shape[1:]
     check_pages(cache, fmt, heads)
-    assert key.stride() == value.stride() and key.stride(2) == 1 and key.shape == value.shape
-    assert key.shape[0] >= count and d == fmt.head_size and blocks.stride(0) == 1
-    if count <= 0:
+    assert key.stride() == value.stride() and key.stride(2) == 1 and key.shape == value.shape and d == fmt.head_size
+    assert block_table.stride(1) == 1 and first.is_contiguous() and start_loc.is_contiguous()
+    requests = first.shape[0]
+    if longest <= 0 or requests == 0:
         return
     rotation = rotation_matrix(fmt, cache.device)
     dp = next_power_of_2(d)
     bn = 64 if dp <= 128 else 32 if dp <= 256 else 16
-    _load_context_kernel[(triton.cdiv(count, bn), heads, 2)](
+    _load_context_kernel[(triton.cdiv(longest, bn), heads, 2 * requests)](
         key,
         value,
-        blocks=blocks,
+        block_table=block_table,
         first=first,
-        count=count,
+        start_loc=start_loc,
+        table_stride=block_table.stride(0),
         matrix=rotation,
         sketch_matrix=sketch_rotation(fmt, cache.device) if fmt.preset.key.sketch else rotation,
         out_stride_token=key.stride(0),

@@ -71,6 +71,8 @@ class TurboQuantImpl(AttentionImpl):
         self.logits_soft_cap = logits_soft_cap or None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
+        # Kept, because vLLM's model runners do not all set it around their dummy runs.
+        self.vllm_config = get_current_vllm_config()
         _note_head_size(head_size)
 
     @cached_property
@@ -122,7 +124,7 @@ class TurboQuantImpl(AttentionImpl):
             if query.is_cuda:
                 from .workspace import reserve
 
-                reserve(get_current_vllm_config())
+                reserve(self.vllm_config)
             return output.fill_(0)
         tokens = attn_metadata.num_actual_tokens
         q = query[:tokens].view(tokens, self.num_heads, self.head_size)

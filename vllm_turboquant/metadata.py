@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, Att
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .config import FLAG, refuse
-from .plan import PrefillPlan, plan_prefill
+from .plan import PrefillPlan, drafts_with_a_model, plan_prefill
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -50,14 +50,17 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.on_gpu = device.type == "cuda"
+        self.inexact = 0
         _log_compression(kv_cache_spec, vllm_config)
         if self.on_gpu:
             from .warmup import warm_up
-            from .workspace import reserve
+            from .workspace import max_query_len, reserve
 
-            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+            self.reorder_batch_threshold = max_query_len(vllm_config)
+            if drafts_with_a_model(vllm_config):
+                self.inexact = self.reorder_batch_threshold
             reserve(vllm_config)
-            warm_up(vllm_config, kv_cache_spec.block_size, self.reorder_batch_threshold or 1, device)
+            warm_up(vllm_config, kv_cache_spec.block_size, self.reorder_batch_threshold, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -77,7 +80,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         if self.on_gpu:
             decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
         if prefills:
-            prefill = plan_prefill(common, decodes)
+            prefill = plan_prefill(common, decodes, self.inexact)
         return TurboQuantMetadata(
             num_actual_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc,

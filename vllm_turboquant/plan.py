@@ -1,4 +1,8 @@
-"""What the prefills of one step read when: planned on the host from lengths that vLLM keeps there, once for all layers."""
+"""What the prefills of one step read when: planned once for all layers.
+
+The host plans with bounds of lengths, the device knows them exactly: a drafter's host lengths ignore which drafts were
+rejected. So the host decides how much room a range gets, and offsets inside it are computed on the device.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +13,45 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
 @dataclass
 class ContextPart:
-    """Ranges of older context that fit the workspace together, and the query rows that attend to them.
+    """Ranges of older context, one for each of the requests ``requests``, that fit the workspace together.
 
-    ranges: ``(request, first token, count)``, ascending requests. rows: of the prefills. query_start_loc, key_start_loc:
-    int32 on the device, from 0, over the requests from the first to the last of ``ranges``.
+    rows: the requests' query rows, of the prefills. query_start_loc: int32 ``[n + 1]`` on the device, from 0. first: int32
+    ``[n]``, each range's first token. key_start_loc: int32 ``[n + 1]``, where ranges stand in the workspace, exact.
+    longest_query, longest_key: host bounds. room: tokens of the workspace at most, of which the last ``loose`` may stay empty.
     """
 
-    ranges: list[tuple[int, int, int]]
+    requests: slice
     rows: slice
     query_start_loc: torch.Tensor
+    first: torch.Tensor
     key_start_loc: torch.Tensor
     longest_query: int
     longest_key: int
+    room: int
+    loose: int
 
 
 @dataclass
 class WindowPart:
-    """Rows of one request whose windows fit the workspace: ``tail`` older tokens from ``oldest`` on, then the rows ``own``."""
+    """Rows of one request whose windows fit the workspace: up to ``tail`` older tokens, then the request's rows ``own``.
+
+    Older tokens end at ``tail``. tail_start_loc: int32 ``[2]``, where they start and end. key_start_loc: int32 ``[2]``, where
+    all keys do.
+    """
 
     request: int
     rows: slice
     own: slice
-    oldest: int
     tail: int
     query_start_loc: torch.Tensor
+    first: torch.Tensor
+    tail_start_loc: torch.Tensor
     key_start_loc: torch.Tensor
 
     @property
@@ -49,15 +63,17 @@ class WindowPart:
 class PrefillPlan:
     """The prefills of a batch: requests ``first ..`` of it, tokens from ``start`` on.
 
-    query_lens, contexts: host ints per prefill (new tokens, older tokens). query_start_loc: int32 ``[n + 1]`` on the
-    device, from 0.
+    query_lens: new tokens of each prefill. bounds: its older tokens, or up to ``inexact`` more. query_start_loc: int32 ``[n +
+    1]`` on the device, from 0. contexts: int32 ``[n]`` on the device, older tokens.
     """
 
     first: int
     start: int
     query_lens: list[int]
-    contexts: list[int]
+    bounds: list[int]
     query_start_loc: torch.Tensor
+    contexts: torch.Tensor
+    inexact: int = 0
     _parts: dict[int, list[ContextPart]] = field(default_factory=dict)
     _windows: dict[tuple[int, int], list[WindowPart]] = field(default_factory=dict)
 
@@ -72,24 +88,31 @@ class PrefillPlan:
     def parts(self, capacity: int) -> list[ContextPart]:
         """All older context in parts of at most ``capacity`` tokens."""
         if capacity not in self._parts:
-            groups = split_contexts(self.contexts, capacity)
+            groups = split_contexts(self.bounds, capacity)
             self._parts[capacity] = [self._part(ranges) for ranges in groups]
         return self._parts[capacity]
 
     def _part(self, ranges: list[tuple[int, int, int]]) -> ContextPart:
         begin, end = ranges[0][0], ranges[-1][0] + 1
-        counts = [0] * (end - begin)
-        for request, _, count in ranges:
-            counts[request - begin] = count
+        firsts, rooms = [0] * (end - begin), [0] * (end - begin)
+        for request, first, count in ranges:
+            firsts[request - begin], rooms[request - begin] = first, count
         lens = self.query_lens[begin:end]
         start = sum(self.query_lens[:begin])
+        first, room = self._on_device([firsts, rooms])
+        counts = torch.minimum((self.contexts[begin:end] - first).clamp_(min=0), room)
+        starts = torch.zeros(len(rooms) + 1, dtype=torch.int32, device=counts.device)
+        torch.cumsum(counts, 0, out=starts[1:])
         return ContextPart(
-            ranges=ranges,
+            requests=slice(begin, end),
             rows=slice(start, start + sum(lens)),
-            query_start_loc=self._on_device(_offsets(lens)),
-            key_start_loc=self._on_device(_offsets(counts)),
+            query_start_loc=self.query_start_loc[begin : end + 1] - self.query_start_loc[begin],
+            first=first,
+            key_start_loc=starts,
             longest_query=max(lens),
-            longest_key=max(counts),
+            longest_key=max(rooms),
+            room=sum(rooms),
+            loose=min(sum(rooms), self.inexact * len(ranges)),
         )
 
     def windows(self, window: int, capacity: int) -> list[WindowPart]:
@@ -100,44 +123,49 @@ class PrefillPlan:
             assert step > 0, f"sliding window {window} exceeds the prefill workspace of {capacity} tokens"
             parts: list[WindowPart] = []
             start = 0
-            for request, (rows, context) in enumerate(zip(self.query_lens, self.contexts, strict=True)):
-                parts += [
-                    self._window(request, start, begin, min(rows, begin + step), context, window)
-                    for begin in range(0, rows, step)
-                ]
+            for request, rows in enumerate(self.query_lens):
+                parts += [self._window(request, start, begin, min(rows, begin + step), window) for begin in range(0, rows, step)]
                 start += rows
             self._windows[kind] = parts
         return self._windows[kind]
 
-    def _window(self, request: int, start: int, begin: int, end: int, context: int, window: int) -> WindowPart:
-        """Rows ``begin .. end - 1`` of the request that starts at row ``start`` after ``context`` older tokens."""
-        oldest = max(0, context + begin - window + 1)
-        tail = max(0, context - oldest)
-        own = slice(start + max(0, oldest - context), start + end)
+    def _window(self, request: int, start: int, begin: int, end: int, window: int) -> WindowPart:
+        """Rows ``begin .. end - 1`` of the request whose new tokens start at row ``start``."""
+        tail = max(0, min(self.bounds[request], window - 1 - begin))
+        own = slice(start + max(0, begin - window + 1), start + end)
+        length = tail + own.stop - own.start
+        queries, ends = self._on_device([[0, end - begin], [tail, length]])
+        context = self.contexts[request : request + 1]
+        skipped = (tail - context).clamp_(min=0)
         return WindowPart(
             request=request,
             rows=slice(start + begin, start + end),
             own=own,
-            oldest=oldest,
             tail=tail,
-            query_start_loc=self._on_device([0, end - begin]),
-            key_start_loc=self._on_device([0, tail + own.stop - own.start]),
+            query_start_loc=queries,
+            first=(context - tail).clamp_(min=0),
+            tail_start_loc=torch.cat([skipped, ends[:1]]),
+            key_start_loc=torch.cat([skipped, ends[1:]]),
         )
 
-    def _on_device(self, values: list[int]) -> torch.Tensor:
-        device = self.query_start_loc.device
+    def _on_device(self, values: list[list[int]]) -> torch.Tensor:
+        device = self.contexts.device
         ints = torch.tensor(values, dtype=torch.int32, pin_memory=device.type == "cuda")
         return ints.to(device, non_blocking=True)
 
 
-def plan_prefill(common: CommonAttentionMetadata, decodes: int) -> PrefillPlan:
-    """Reads the host copies of lengths that vLLM keeps; no synchronisation."""
+def plan_prefill(common: CommonAttentionMetadata, decodes: int, inexact: int = 0) -> PrefillPlan:
+    """Reads the host copies of lengths that vLLM keeps; no synchronisation.
+
+    ``inexact``: 0 where they are exact; else they may fall one token short, or exceed by less than so many.
+    """
     starts: list[int] = common.query_start_loc_cpu[decodes : common.num_reqs + 1].tolist()
     lengths: list[int] = common.seq_lens_cpu_upper_bound[decodes : common.num_reqs].tolist()
     query_lens = [b - a for a, b in itertools.pairwise(starts)]
-    contexts = [length - rows for length, rows in zip(lengths, query_lens, strict=True)]
-    location = common.query_start_loc[decodes : common.num_reqs + 1] - starts[0]
-    return PrefillPlan(decodes, starts[0], query_lens, contexts, location)
+    bounds = [max(0, length - rows + (inexact > 0)) for length, rows in zip(lengths, query_lens, strict=True)]
+    location = common.query_start_loc[decodes : common.num_reqs + 1]
+    contexts = common.seq_lens[decodes : common.num_reqs] - location.diff()
+    return PrefillPlan(decodes, starts[0], query_lens, bounds, location - starts[0], contexts, inexact)
 
 
 def split_contexts(contexts: list[int], capacity: int) -> list[list[tuple[int, int, int]]]:
@@ -160,5 +188,7 @@ def split_contexts(contexts: list[int], capacity: int) -> list[list[tuple[int, i
     return parts
 
 
-def _offsets(lengths: list[int]) -> list[int]:
-    return [0, *itertools.accumulate(lengths)]
+def drafts_with_a_model(vllm_config: VllmConfig) -> bool:
+    """Whether a draft model speculates. Its first pass asks for a token more than the host's lengths, the target's, know of."""
+    speculation = vllm_config.speculative_config
+    return speculation is not None and speculation.uses_draft_model()

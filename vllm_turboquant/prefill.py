@@ -36,7 +36,7 @@ def attend_prefill(
 
     scratch = prefill_scratch(plan.tokens, layer.num_heads, layer.num_kv_heads, layer.head_size, query.dtype)
     step = _LayerPrefill(layer, plan, query, key, value, cache, block_table, out, *scratch)
-    if layer.sliding_window is not None and any(plan.contexts):
+    if layer.sliding_window is not None and any(plan.bounds):
         lse = step.windows(layer.sliding_window)
     else:
         lse = step.own_tokens()
@@ -96,11 +96,11 @@ class _LayerPrefill:
         )
         return lse
 
-    def _load(self, request: int, first: int, count: int, at: int) -> None:
+    def _load(self, requests: slice, first: torch.Tensor, start_loc: torch.Tensor, longest: int) -> None:
         from .kernels.prefill import load_context
 
-        blocks = self.block_table[self.plan.first + request]
-        load_context(self.cache, blocks, first, count, self.context_key[at:], self.context_value[at:], self.layer.format)
+        blocks = self.block_table[self.plan.first + requests.start : self.plan.first + requests.stop]
+        load_context(self.cache, blocks, first, start_loc, longest, self.context_key, self.context_value, self.layer.format)
 
     def own_tokens(self) -> torch.Tensor:
         plan = self.plan
@@ -113,14 +113,16 @@ class _LayerPrefill:
         """Adds one part of the older context to ``out`` and the lse."""
         from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-        used = 0
-        for request, first, count in part.ranges:
-            self._load(request, first, count, used)
-            used += count
+        if part.loose:  # FlashAttention multiplies what lies behind a range's end by 0, which old scratch's NaN survives
+            loose = slice(part.room - part.loose, part.room)
+            self.context_key[loose].zero_()
+            self.context_value[loose].zero_()
+        self._load(part.requests, part.first, part.key_start_loc, part.longest_key)
         rows = part.rows
         partial = self.partial[: rows.stop - rows.start]
         starts, longest = (part.query_start_loc, part.key_start_loc), (part.longest_query, part.longest_key)
-        part_lse = self._flash(rows, self.context_key[:used], self.context_value[:used], partial, starts, longest, causal=False)
+        key, value = self.context_key[: part.room], self.context_value[: part.room]
+        part_lse = self._flash(rows, key, value, partial, starts, longest, causal=False)
         merged = torch.empty_like(part_lse)
         merge_attn_states(
             output=self.out[rows],
@@ -144,7 +146,7 @@ class _LayerPrefill:
         lse = torch.empty(self.layer.num_heads, self.query.shape[0], dtype=torch.float32, device=self.query.device)
         for part in self.plan.windows(window, self.context_key.shape[0]):
             raw, tail, length = part.own, part.tail, part.longest_key
-            self._load(part.request, part.oldest, tail, 0)
+            self._load(slice(part.request, part.request + 1), part.first, part.tail_start_loc, tail)
             self.context_key[tail:length].copy_(self.key[raw])
             self.context_value[tail:length].copy_(self.value[raw])
             lse[:, part.rows] = self._flash(

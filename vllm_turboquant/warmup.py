@@ -41,9 +41,9 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
     store(key, value, cache, slots, fmt)
     table = torch.zeros(1, 16, dtype=torch.int32, device=device)
     context_key, context_value, _ = prefill_scratch(1, heads, kv_heads, d, dtype)
-    load_context(cache, table[0], 0, 1, context_key, context_value, fmt)
     one = torch.ones(1, dtype=torch.int32, device=device)
     starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    load_context(cache, table, torch.zeros_like(one), starts, 1, context_key, context_value, fmt)
     plan = plan_decode(1, 1, heads, kv_heads, d, max_query_len)
     decode(
         query,

@@ -5,6 +5,8 @@ vLLM's workspace manager owns it; `reserve` runs while vLLM profiles memory, so 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import max_decode_query_len
@@ -12,6 +14,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 
 from .impl import compressed_layers
 from .kernels.combine import plan_decode
+from .plan import drafts_with_a_model
 
 CONTEXT_BYTES = 48 * 2**20  # decoded keys and values of one range of older context
 
@@ -19,6 +22,11 @@ CONTEXT_BYTES = 48 * 2**20  # decoded keys and values of one range of older cont
 def context_tokens(kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
     """Tokens of older context that are decoded at once."""
     return CONTEXT_BYTES // (2 * kv_heads * head_size * dtype.itemsize)
+
+
+def max_query_len(vllm_config: VllmConfig) -> int:
+    """Query tokens of a request up to which it is decoded: verified drafts, and what a draft model is given after them."""
+    return int(max_decode_query_len(vllm_config)) + drafts_with_a_model(vllm_config)
 
 
 def decode_scratch(floats: int) -> torch.Tensor:
@@ -39,12 +47,15 @@ def prefill_scratch(
 def reserve(vllm_config: VllmConfig) -> None:
     """Grows the workspace to the most that any step of any compressed layer can ask for."""
     scheduler = vllm_config.scheduler_config
-    query_len = max_decode_query_len(vllm_config)
+    query_len = max_query_len(vllm_config)
     shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_size) for impl in compressed_layers(vllm_config)}
     for heads, kv_heads, head_size in shapes:
-        floats = max(
-            plan_decode(requests, requests * query_len, heads, kv_heads, head_size, query_len).floats
-            for requests in range(1, scheduler.max_num_seqs + 1)
-        )
-        decode_scratch(floats)
+        decode_scratch(_most_floats(scheduler.max_num_seqs, query_len, heads, kv_heads, head_size))
         prefill_scratch(scheduler.max_num_batched_tokens, heads, kv_heads, head_size, vllm_config.model_config.dtype)
+
+
+@cache
+def _most_floats(max_requests: int, query_len: int, heads: int, kv_heads: int, head_size: int) -> int:
+    """Scratch of the hungriest decode batch: more requests need fewer splits, so the largest batch need not be it."""
+    plans = (plan_decode(n, n * query_len, heads, kv_heads, head_size, query_len) for n in range(1, max_requests + 1))
+    return max(plan.floats for plan in plans)

@@ -191,10 +191,14 @@ def test_context_is_decoded_into_the_models_basis(preset, head_size, seed):
     turn = reference._rotate(torch.eye(head_size, dtype=torch.float64, device="cuda"), fmt, fmt.preset.key, 0).T
     keys, values = reference.load(batch.cache, batch.block_table[0, :10].long(), fmt)
     for dtype in (torch.bfloat16, torch.float16):
-        for first, count in ((0, 300), (17, 1), (31, 100), (256, 44)):
-            k, v = (torch.full((count + 3, 2, head_size), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
-            load_context(batch.cache, batch.block_table[0], first, count, k, v, fmt)
-            assert k[count:].isnan().all() and v[count:].isnan().all()
-            for mine, truth in ((k, keys), (v, values)):
-                # tf32 rounds the decoded vector and the rotation by 2**-12 each; the output type by 2**-9 or 2**-12.
-                assert relative(mine[:count], truth[first : first + count] @ turn) < 2**-8.5
+        firsts, counts = [0, 17, 9, 31, 256], [300, 1, 0, 100, 44]
+        first = torch.tensor(firsts, dtype=torch.int32, device="cuda")
+        starts = torch.tensor([2, *counts], device="cuda").cumsum(0).to(torch.int32)
+        total = 2 + sum(counts)
+        k, v = (torch.full((total + 3, 2, head_size), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
+        load_context(batch.cache, batch.block_table.expand(5, -1), first, starts, max(counts), k, v, fmt)
+        for mine, truth in ((k, keys), (v, values)):
+            assert mine[:2].isnan().all() and mine[total:].isnan().all()
+            expected = torch.cat([truth[f : f + n] for f, n in zip(firsts, counts, strict=True)]) @ turn
+            # tf32 rounds the decoded vector and the rotation by 2**-12 each; the output type by 2**-9 or 2**-12.
+            assert relative(mine[2:total], expected) < 2**-8.5

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_turboquant.kernels import reference
-from vllm_turboquant.kernels.format import PRESETS, page_format
+from vllm_turboquant.kernels.format import page_format
 
 from .shadow import attend, cached
 
@@ -40,14 +40,17 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("head_size", (64, 128, 256))
-@pytest.mark.parametrize("preset", ("turboquant", "turboquant-k8v4"))
-def test_mixed_batch(workspace, preset, head_size, option, seed):
+@pytest.mark.parametrize(
+    ("preset", "inexact"), [("turboquant", False), ("turboquant", True), ("turboquant-k8v4", False)], ids=str
+)
+def test_mixed_batch(workspace, preset, inexact, head_size, option, seed):
+    """``inexact``: the host believes in more older tokens than there are, as with a draft model; scratch starts as NaN."""
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
     from vllm_turboquant.plan import PrefillPlan
     from vllm_turboquant.prefill import attend_prefill
+    from vllm_turboquant.workspace import prefill_scratch
 
-    assert preset in PRESETS
     fmt = page_format(preset, head_size)
     g = torch.Generator(device="cuda").manual_seed(seed)
 
@@ -78,7 +81,11 @@ def test_mixed_batch(workspace, preset, head_size, option, seed):
         slots = table[r + 2, position // BLOCK].long() * BLOCK + position % BLOCK
         reference.store(*(normal(len(position), KV_HEADS, head_size) for _ in range(2)), cache, slots, fmt)
     starts = torch.tensor([0, *QUERIES], device="cuda").cumsum(0).to(torch.int32)
-    plan = PrefillPlan(2, 2, QUERIES, CONTEXTS, starts)
+    older = torch.tensor(CONTEXTS, dtype=torch.int32, device="cuda")
+    bounds = [context + extra for context, extra in zip(CONTEXTS, (1, 0, 3, 3, 2), strict=True)] if inexact else CONTEXTS
+    plan = PrefillPlan(2, 2, QUERIES, bounds, starts, older, 4 if inexact else 0)
+    for scratch in prefill_scratch(plan.tokens, HEADS, KV_HEADS, head_size, torch.bfloat16):
+        scratch.fill_(float("nan"))
     out = torch.full_like(query, float("nan"))
     attend_prefill(layer, plan, query, key, value, cache, table, out)
 

@@ -108,8 +108,10 @@ def test_context_comes_back_in_the_models_basis(preset, seed):
     identity = torch.eye(96, dtype=torch.float64)
     turn = identity if preset == LOSSLESS_PRESET else reference.rotation(96)
     truth = [side @ turn for side in reference.load(batch.cache, batch.block_table[0, :3].long(), fmt)]
-    ours = [torch.full((22, 2, 96), float("nan")) for _ in range(2)]
-    load_context(batch.cache, batch.block_table[0], 13, 20, *ours, fmt)
+    ours = [torch.full((25, 2, 96), float("nan")) for _ in range(2)]
+    # Three ranges: rows 1..20 get tokens from 13 on, the second range is empty, rows 21 and 22 get tokens 0 and 1.
+    starts, first = torch.tensor([1, 21, 21, 23], dtype=torch.int32), torch.tensor([13, 5, 0], dtype=torch.int32)
+    load_context(batch.cache, batch.block_table[:1].expand(3, -1), first, starts, 20, *ours, fmt)
     for mine, whole in zip(ours, truth, strict=True):
-        assert mine[20:].isnan().all()
-        torch.testing.assert_close(mine[:20], whole[13:33].float(), **FP32)
+        assert mine[:1].isnan().all() and mine[23:].isnan().all()
+        torch.testing.assert_close(mine[1:23], whole[[*range(13, 33), 0, 1]].float(), **FP32)
