@@ -23,11 +23,10 @@ DEVICE void hadamard(float *x, int lane) {
 
 // Bit i: the rotation flips the sign of the lane's dim i.
 DEVICE u32 lane_signs(int lane) {
-  const u32 words[8] = {SIGNS};
-  u32 word = 0;
+  constexpr u32 words[D / 32] = {SIGNS};
+  u32 word = words[0];
 #pragma unroll
-  for (int i = 0; i < D / 32; i++)
-    if (lane * LANE_DIMS / 32 == i) word = words[i];
+  for (int i = 1; i < D / 32; i++) word = lane * LANE_DIMS / 32 == i ? words[i] : word;
   return word >> (lane * LANE_DIMS % 32);
 }
 
