@@ -237,15 +237,15 @@ DEVICE void add_values(State &a, const Levels &table, u32 slot, int lane, const 
     load_value_half(slot + u * UNIT_BYTES, lane, 0, first);
     load_value_half(slot + u * UNIT_BYTES, lane, 1, second);
 #pragma unroll
-    for (int o = 0; o < VALUE_OCTETS; o++) {
-      u32 x[8], y[8];
-      value_levels(first, o, table, x);
-      value_levels(second, o, table, y);
+    for (int part = 0; part < D / 32; part++) {  // even, then odd dims of an octet: two MMAs
+      u32 x[4], y[4];
+      value_levels(first, part / 2, part % 2, table, x);
+      value_levels(second, part / 2, part % 2, table, y);
 #pragma unroll
-      for (int k = 0; k < 4; k++)
+      for (int k = 0; k < 2; k++)
 #pragma unroll
         for (int n = 0; n < TILES; n++)
-          mma_values(a.sum[n][4 * o + k], x[2 * k], x[2 * k + 1], y[2 * k], y[2 * k + 1], weights[u][n][0][0],
+          mma_values(a.sum[n][2 * part + k], x[2 * k], x[2 * k + 1], y[2 * k], y[2 * k + 1], weights[u][n][0][0],
                      weights[u][n][0][1]);
     }
   }
@@ -261,18 +261,18 @@ DEVICE void add_values(State &a, const Levels &table, u32 slot, int lane, const 
     load_value_half(slot + u * UNIT_BYTES, lane, 1, second[u]);
   }
 #pragma unroll
-  for (int o = 0; o < VALUE_OCTETS; o++) {
-    u32 x[2][8], y[2][8];
+  for (int part = 0; part < D / 32; part++) {
+    u32 x[2][4], y[2][4];
 #pragma unroll
     for (int u = 0; u < 2; u++) {
-      value_levels(first[u], o, table, x[u]);
-      value_levels(second[u], o, table, y[u]);
+      value_levels(first[u], part / 2, part % 2, table, x[u]);
+      value_levels(second[u], part / 2, part % 2, table, y[u]);
     }
 #pragma unroll
-    for (int k = 0; k < 4; k++)
+    for (int k = 0; k < 2; k++)
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
-        float *sum = a.sum[n][4 * o + k], other[4] = {sum[0], sum[1], sum[2], sum[3]};
+        float *sum = a.sum[n][2 * part + k], other[4] = {sum[0], sum[1], sum[2], sum[3]};
 #pragma unroll
         for (int u = 0; u < 2; u++) {
           const u32(*w)[2] = weights[u][n];

@@ -148,13 +148,13 @@ DEVICE void value_top_bits(const ValueHalf &r, int octet, u32 &x, u32 &y) {
 }
 #endif
 
-// Dims n = 8 * octet .. 8 * octet + 7 of the lane's eighth: pairs (even token, odd token) of n0 n2 n4 n6 n1 n3 n5 n7.
-DEVICE void value_levels(const ValueHalf &r, int octet, const Levels &table, u32 *out) {
+// Half of the dims n = 8 * octet .. 8 * octet + 7 of the lane's eighth: pairs (even token, odd token) of n0 n2 n4 n6, with
+// `odd_dims` of n1 n3 n5 n7.
+DEVICE void value_levels(const ValueHalf &r, int octet, bool odd_dims, const Levels &table, u32 *out) {
 #if VALUE_BITS == 4
   u32 even = r.even[octet], odd = r.odd[octet];
-  u32 x = select_bits(even, odd << 4, 0x078F078Fu), y = select_bits(even >> 4, odd, 0x0F870F87u);
-  signed_levels(x, x << 4, table, out);
-  signed_levels(y, rotate_left(y, 12), table, out + 4);
+  u32 x = odd_dims ? select_bits(even >> 4, odd, 0x0F870F87u) : select_bits(even, odd << 4, 0x078F078Fu);
+  signed_levels(x, odd_dims ? rotate_left(x, 12) : x << 4, table, out);
 #else
   u32 x, y;
 #if D == 64
@@ -163,18 +163,13 @@ DEVICE void value_levels(const ValueHalf &r, int octet, const Levels &table, u32
   y = prmt(both, both >> 2, 0x7632);
 #else
   interleave(r.low[octet / 2], r.low[octet / 2 + D / 128], x, y);
-  x >>= 2 * (octet & 1);
-  y >>= 2 * (octet & 1);
 #endif
-  x &= 0x33333333u;
-  y &= 0x33333333u;
+  u32 code = (odd_dims ? y : x) >> (D == 64 ? 0 : 2 * (octet & 1)) & 0x33333333u;
 #if VALUE_BITS == 3
   u32 top_x, top_y;
   value_top_bits(r, octet, top_x, top_y);
-  x = and_or(top_x, 0x44444444u, x);
-  y = and_or(top_y, 0x44444444u, y);
+  code = and_or(odd_dims ? top_y : top_x, 0x44444444u, code);
 #endif
-  whole_levels(x, table, out);
-  whole_levels(y, table, out + 4);
+  whole_levels(code, table, out);
 #endif
 }

@@ -115,7 +115,7 @@ DEVICE void fold_partials(const Partials &partials, const Parts &parts, int firs
   for (int step = 1; step < 32; step <<= 1)
 #pragma unroll
     for (int x = 0; x < MERGE_ROWS; x++) peak[x] = fmaxf(peak[x], shuffle_xor(peak[x], step));
-#pragma unroll 2
+#pragma unroll(MERGE_ROWS < 8 ? 2 : 1)
   for (u32 cta = partials.first + warp; cta <= partials.last; cta += WARPS) {
     const float *from = partials.of(cta);
 #pragma unroll

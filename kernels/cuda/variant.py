@@ -1,4 +1,4 @@
-"""Compile-time options of the CUDA decode, all from ``kernels.format`` and ``kernels.codebook``; imports no torch."""
+"""Compile-time options of the CUDA decode, all from ``kernels.format`` and ``kernels.codebook``; asks no device."""
 
 from __future__ import annotations
 

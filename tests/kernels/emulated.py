@@ -16,6 +16,7 @@ from vllm_turboquant.kernels.cuda.variant import SOURCES, Tuning, Variant, padde
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 HERE = Path(__file__).parent
+SMALL = Tuning(2, 2, 2, True)
 
 
 @functools.cache
@@ -37,7 +38,7 @@ def compiled(variant):
 
 
 def decode(
-    batch, query, scale, max_query_len, *, grid=5, tuning=Tuning(2, 2, 2, True), window=None, soft_cap=None, sinks=None
+    batch, query, scale, max_query_len, *, grid=5, tuning=SMALL, window=None, soft_cap=None, sinks=None
 ):  # fmt: skip
     """What `launch.decode` computes, on CPU tensors with ``grid`` CTAs. Returns the output; checks counters and surroundings."""
     tokens, heads, d = query.shape

@@ -11,16 +11,14 @@ from . import emulated
 from .oracle import make_batch
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
-COVERED = [
-    name for name, preset in PRESETS.items() if (preset.key.bits, preset.value.bits) in BITS and not preset.key.sketch
-]
+COVERED = [name for name, preset in PRESETS.items() if (preset.key.bits, preset.value.bits) in BITS and not preset.key.sketch]
 LENGTHS = [5, 16, 17, 33, 0, 64, 300]
 BF16, FP16 = torch.bfloat16, torch.float16
 # Weights and output rounded to 8 bits, or 11.
 TOLERANCE = {BF16: 2**-8, FP16: 2**-10.5}
 
 
-def check(batch, dtype, scale, max_query_len, grid=5, tuning=Tuning(2, 2, 2, True), **options):
+def check(batch, dtype, scale, max_query_len, grid=5, tuning=emulated.SMALL, **options):
     query = batch.query.to(dtype)
     out = emulated.decode(batch, query, scale, max_query_len, grid=grid, tuning=tuning, **options)
     truth = reference.attend(
