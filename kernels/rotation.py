@@ -30,6 +30,12 @@ def hartley(n: int) -> torch.Tensor:
     return (torch.cos(angle) + torch.sin(angle)) / math.sqrt(n)
 
 
+def sign_stream(head_size: int, seed: int = ROTATION_SEED) -> list[float]:
+    """s of :func:`rotation`, -1 or 1 a dim."""
+    stream = random.Random(f"turboquant-rotation/{head_size}/{seed}")
+    return [stream.choice((-1.0, 1.0)) for _ in range(head_size)]
+
+
 @cache
 def rotation(head_size: int, seed: int = ROTATION_SEED) -> torch.Tensor:
     """Orthogonal float64 ``[d, d]``: ``y = R x`` spreads every coordinate of x over all of y.
@@ -38,8 +44,7 @@ def rotation(head_size: int, seed: int = ROTATION_SEED) -> torch.Tensor:
     this is the randomised Hadamard transform, which stands in for the paper's Haar rotation at equal distortion.
     """
     power = head_size & -head_size
-    stream = random.Random(f"turboquant-rotation/{head_size}/{seed}")
-    signs = torch.tensor([stream.choice((-1.0, 1.0)) for _ in range(head_size)], dtype=torch.float64)
+    signs = torch.tensor(sign_stream(head_size, seed), dtype=torch.float64)
     return torch.kron(hadamard(power), hartley(head_size // power)) * signs
 
 

@@ -1,9 +1,10 @@
-"""The portable decode against the float64 oracle over the decoded cache; error at most twice that of plain torch."""
+"""Both decodes, portable and CUDA, against the float64 oracle over the decoded cache; error at most twice that of plain torch."""
 
 import pytest
 import torch
 
 from vllm_turboquant.kernels import reference
+from vllm_turboquant.kernels.cuda.variant import supported
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 
 from ..kernels.oracle import make_batch
@@ -13,15 +14,39 @@ pytestmark = pytest.mark.gpu
 LENGTHS = [8, 15, 16, 17, 31, 32, 33, 64, 255, 256, 257, 600]
 
 
-def kernel(batch, dtype, max_query_len, scale, **options):
+@pytest.fixture(params=("portable", "cuda"))
+def which(request):
+    return request.param
+
+
+def skip_unsupported(which, fmt):
+    if which == "cuda" and not supported(fmt, 32, 4, 1):
+        pytest.skip("the portable decode alone covers this format")
+
+
+def prepared(which, batch, dtype, max_query_len, **options):
+    """The kernel's decode and its scratch, full of NaN. The CUDA decode must be usable: a fallback is a failure here."""
     from vllm_turboquant.kernels.combine import plan_decode
+    from vllm_turboquant.kernels.cuda import launch
     from vllm_turboquant.kernels.decode import decode
 
+    tokens, heads, d = batch.query.shape
+    kv_heads, block_size = batch.cache.shape[1:3]
+    device = torch.device("cuda", torch.cuda.current_device())
+    if which == "cuda":
+        if "sinks" in options:
+            options["sinks"] = options["sinks"].dtype
+        assert launch.prepare(device, batch.fmt, block_size, dtype, heads // kv_heads, max_query_len, **options)
+        decode, floats = launch.decode, launch.scratch_floats(heads // kv_heads, d, max_query_len, device)
+    else:
+        floats = plan_decode(batch.seq_lens.shape[0], tokens, heads, kv_heads, d, max_query_len).floats
+    return decode, torch.full((floats,), float("nan"), device="cuda")
+
+
+def kernel(which, batch, dtype, max_query_len, scale, **options):
+    decode, scratch = prepared(which, batch, dtype, max_query_len, **options)
     query = batch.query.to(dtype)
-    tokens, heads, d = query.shape
     out = torch.full_like(query, float("nan"))
-    plan = plan_decode(batch.seq_lens.shape[0], tokens, heads, batch.cache.shape[1], d, max_query_len)
-    scratch = torch.full((plan.floats,), float("nan"), device="cuda")
     decode(
         query,
         batch.cache,
@@ -77,9 +102,10 @@ def relative(x, truth):
 @pytest.mark.parametrize(
     ("preset", "dtype"), [*((name, torch.bfloat16) for name in (*PRESETS, LOSSLESS_PRESET)), ("turboquant", torch.float16)]
 )
-def test_grid(preset, head_size, dtype, seed):
+def test_grid(which, preset, head_size, dtype, seed):
     """Query lengths x KV heads x group sizes over ragged lengths, in padded pools full of 0xFF, tables ending in -1."""
     fmt = page_format(preset, head_size)
+    skip_unsupported(which, fmt)
     scale = head_size**-0.5
     worst = 0.0
     for kv_heads in (1, 2, 4, 8):
@@ -89,12 +115,12 @@ def test_grid(preset, head_size, dtype, seed):
                 batch = make_batch(fmt, lengths, [query_len] * len(lengths), kv_heads, group, 32, seed, device="cuda")
                 truth = oracle(batch, dtype, scale)
                 ours, torchs = (
-                    relative(kernel(batch, dtype, query_len, scale), truth),
+                    relative(kernel(which, batch, dtype, query_len, scale), truth),
                     relative(plain_torch(batch, dtype, scale), truth),
                 )
                 worst = max(worst, ours / torchs)
                 assert ours <= 2 * torchs, (kv_heads, query_len, group, ours, torchs)
-    print(f"{preset} d={head_size} {dtype}: at most {worst:.2f} of plain torch's error")
+    print(f"{which} {preset} d={head_size} {dtype}: at most {worst:.2f} of plain torch's error")
 
 
 @pytest.mark.parametrize("head_size", (80, 112, 160, 192, 512, 576))
@@ -103,12 +129,12 @@ def test_other_head_sizes(preset, head_size, seed):
     fmt = page_format(preset, head_size)
     batch = make_batch(fmt, [17, 300], [1, 3], 2, 3, 16, seed, device="cuda")
     truth = oracle(batch, torch.bfloat16, 0.1)
-    ours = relative(kernel(batch, torch.bfloat16, 3, 0.1), truth)
+    ours = relative(kernel("portable", batch, torch.bfloat16, 3, 0.1), truth)
     assert ours <= 2 * relative(plain_torch(batch, torch.bfloat16, 0.1), truth)
 
 
 @pytest.mark.parametrize("options", ({"window": 1}, {"window": 7}, {"window": 100}, {"soft_cap": 2.0}, {"sinks": True}))
-def test_window_soft_cap_and_sinks(options, seed):
+def test_window_soft_cap_and_sinks(which, options, seed):
     batch = make_batch(
         page_format("turboquant", 128), LENGTHS, [1, 2, 3, 5, 8, 1, 2, 3, 5, 8, 1, 2], 2, 4, 16, seed, device="cuda"
     )
@@ -116,19 +142,30 @@ def test_window_soft_cap_and_sinks(options, seed):
         options = {"sinks": torch.randn(8, device="cuda")}
     truth = oracle(batch, torch.bfloat16, 0.3, **options)
     # bf16 rounds the output by 2**-9 and the queries alike.
-    assert relative(kernel(batch, torch.bfloat16, 8, 0.3, **options), truth) < 2**-8
+    assert relative(kernel(which, batch, torch.bfloat16, 8, 0.3, **options), truth) < 2**-8
 
 
-def test_rows_of_length_zero(seed):
+def test_rows_of_length_zero(which, seed):
     batch = make_batch(page_format("turboquant", 64), [0, 40, 0], [1, 2, 3], 2, 2, 16, seed, device="cuda")
-    out = kernel(batch, torch.bfloat16, 3, 0.1)
+    out = kernel(which, batch, torch.bfloat16, 3, 0.1)
     assert not out[0].any() and not out[3:].any() and torch.isfinite(out).all()
 
 
-def test_poison_changes_nothing(seed):
+def test_poison_changes_nothing(which, seed):
     outs = [
         kernel(
-            make_batch(page_format("turboquant", 96), [5, 33, 64, 300], [1, 2, 3, 1], 2, 4, 32, seed, p, "cuda"),
+            which,
+            make_batch(
+                page_format("turboquant", 96 if which == "portable" else 64),
+                [5, 33, 64, 300],
+                [1, 2, 3, 1],
+                2,
+                4,
+                32,
+                seed,
+                p,
+                "cuda",
+            ),
             torch.bfloat16,
             3,
             0.1,
@@ -139,17 +176,13 @@ def test_poison_changes_nothing(seed):
 
 
 @pytest.mark.parametrize("query_len", (1, 2, 4, 8))
-def test_graph_replay_equals_eager(query_len, seed):
+def test_graph_replay_equals_eager(which, query_len, seed):
     """Captured once at dummy lengths (sequence = query), replayed with ragged lengths, other tables and dead rows."""
-    from vllm_turboquant.kernels.combine import plan_decode
-    from vllm_turboquant.kernels.decode import decode
-
     fmt = page_format("turboquant", 128)
     rows = 6
     first = make_batch(fmt, [query_len] * rows, [query_len] * rows, 2, 4, 16, seed, device="cuda")
     query = first.query.to(torch.bfloat16)
-    plan = plan_decode(rows, query.shape[0], 8, 2, 128, query_len)
-    scratch = torch.zeros(plan.floats, device="cuda")
+    decode, scratch = prepared(which, first, torch.bfloat16, query_len)
     out = torch.zeros_like(query)
     live = make_batch(
         fmt, [query_len + n for n in (1, 15, 16, 17, 1095, 0)], [query_len] * rows, 2, 4, 16, seed + 1, device="cuda"
@@ -179,6 +212,54 @@ def test_graph_replay_equals_eager(query_len, seed):
     assert torch.equal(replayed, out)
     batch = type(live)(fmt, cache, table, lengths, starts, query.double(), [], [])
     assert relative(replayed, oracle(batch, torch.bfloat16, 0.1)) < 2**-8
+
+
+@pytest.mark.parametrize("block_size", (16, 32, 64))
+@pytest.mark.parametrize("head_size", (64, 128, 256))
+def test_block_sizes(which, head_size, block_size, seed):
+    """Lengths far apart, so that shares of the work begin and end anywhere."""
+    lengths = [1, 40000, 15, 0, 4095, 16, 700]
+    batch = make_batch(page_format("turboquant", head_size), lengths, [1] * 7, 2, 4, block_size, seed, device="cuda")
+    truth = oracle(batch, torch.bfloat16, 0.1)
+    out = kernel(which, batch, torch.bfloat16, 1, 0.1)
+    for r, length in enumerate(lengths):
+        assert relative(out[r], truth[r]) < 2**-8 if length else not out[r].any(), length
+
+
+def test_equal_lengths(which, seed):
+    batch = make_batch(page_format("turboquant", 128), [2048] * 48, [1] * 48, 8, 4, 16, seed, device="cuda")
+    assert relative(kernel(which, batch, torch.bfloat16, 1, 0.1), oracle(batch, torch.bfloat16, 0.1)) < 2**-8
+
+
+def test_pages_before_a_window_are_not_looked_up(which, seed):
+    batch = make_batch(page_format("turboquant", 128), [300, 1000], [1, 1], 2, 4, 16, seed, device="cuda")
+    truth = oracle(batch, torch.bfloat16, 0.1, window=40)
+    for r, length in enumerate((300, 1000)):
+        batch.block_table[r, : (length - 40) // 16] = 2**31 - 1
+    assert relative(kernel(which, batch, torch.bfloat16, 1, 0.1, window=40), truth) < 2**-8
+
+
+def test_pages_beyond_four_gib(which, seed):
+    """The same pages at the end of a pool of 5 GiB: nothing changes."""
+    fmt = page_format("turboquant", 128)
+    batch = make_batch(fmt, [33, 600], [1, 1], 2, 4, 32, seed, device="cuda")
+    near = kernel(which, batch, torch.bfloat16, 1, 0.1)
+    blocks, heads, size, slot = batch.cache.shape
+    total = 5 * 2**30 // (heads * size * slot)
+    pool = torch.empty(total, heads, size, slot, dtype=torch.uint8, device="cuda")
+    pool[-blocks:] = batch.cache
+    batch.cache = pool
+    batch.block_table = torch.where(batch.block_table < 0, -1, batch.block_table + total - blocks)
+    assert torch.equal(near, kernel(which, batch, torch.bfloat16, 1, 0.1))
+
+
+def test_the_cuda_decode_leaves_its_counters_zero_and_repeats_itself(seed):
+    from vllm_turboquant.kernels.cuda import launch
+
+    batch = make_batch(page_format("turboquant", 128), [5000, 70, 900], [1] * 3, 2, 4, 16, seed, device="cuda")
+    outs = [kernel("cuda", batch, torch.bfloat16, 1, 0.1) for _ in range(20)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert not launch._counters(torch.cuda.current_device()).any()
 
 
 @pytest.mark.parametrize("preset", (*PRESETS, LOSSLESS_PRESET))

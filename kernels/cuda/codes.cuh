@@ -1,0 +1,175 @@
+// Codes to 16-bit levels, in registers. K levels are fp16, V levels are of the type that weights have.
+//
+// A byte permute looks up four levels at once: nibbles of the selector pick bytes of an 8-entry table. Levels have two
+// bytes, so there are two tables; `pairs` interleaves the looked-up bytes. Signs of 4-bit codes are merged into the high
+// bytes, where kernels/format.py has put their bits; 2- and 3-bit codes index signed levels directly.
+
+struct Levels {
+  u32 high0, high1, low0, low1;
+};
+
+// Halves (dim 0, dim 1) and (dim 2, dim 3) from four high and four low bytes.
+DEVICE void pairs(u32 high, u32 low, u32 *out) {
+  out[0] = prmt(low, high, 0x5140);
+  out[1] = prmt(low, high, 0x7362);
+}
+
+// Eight codes, one a nibble, to four pairs of levels; `signs_high` holds the signs of codes 4..7 at bits 7, 15, 23, 31.
+DEVICE void signed_levels(u32 word, u32 signs_high, const Levels &table, u32 *out) {
+  u32 low = word & 0x77777777u, high = low >> 16;
+  pairs(and_or(word, 0x80808080u, prmt(table.high0, table.high1, low)), prmt(table.low0, table.low1, low), out);
+  pairs(and_or(signs_high, 0x80808080u, prmt(table.high0, table.high1, high)), prmt(table.low0, table.low1, high), out + 2);
+}
+
+// Eight whole codes below 8, one a nibble.
+DEVICE void whole_levels(u32 word, const Levels &table, u32 *out) {
+  u32 high = word >> 16;
+  pairs(prmt(table.high0, table.high1, word), prmt(table.low0, table.low1, word), out);
+  pairs(prmt(table.high0, table.high1, high), prmt(table.low0, table.low1, high), out + 2);
+}
+
+DEVICE u32 shifted(u32 x, int by) { return by >= 0 ? x << by : x >> -by; }
+
+template <int WORDS> DEVICE void load_words(u32 address, u32 *words) {
+  if (WORDS == 4) load_shared_128(address, words);
+  if (WORDS == 2) load_shared_64(address, words);
+  if (WORDS == 1) load_shared_32(address, words);
+}
+
+// ---- keys: lane (g, t) holds KEY_RUN consecutive dims of rows g and g + 8 in every panel of 128 dims
+
+#define KEY_RUN (D >= 128 ? 32 : 16)
+#define KEY_OCTETS (KEY_RUN / 8)
+#define PANELS (D >= 128 ? D / 128 : 1)
+
+struct KeyRow {
+#if KEY_BITS == 4
+  u32 words[KEY_OCTETS];
+#else
+  u32 words[KEY_RUN / 16];
+  u32 top;
+#endif
+};
+
+DEVICE void load_key_row(u32 unit, int row, int t, int panel, KeyRow &r) {
+#if KEY_BITS == 4
+  load_words<KEY_OCTETS>(unit + KEY0_BASE + panel * KEY0_PANEL + row * KEY0_TOKEN + t * (KEY_RUN / 2), r.words);
+#else
+  load_words<KEY_RUN / 16>(unit + KEY0_BASE + panel * KEY0_PANEL + row * KEY0_TOKEN + t * (KEY_RUN / 4), r.words);
+#endif
+#if KEY_BITS == 3
+  // A word of the 1-bit plane holds 32 dims: where a lane has 16, two lanes share it.
+  load_shared_32(unit + KEY1_BASE + panel * KEY1_PANEL + row * KEY1_TOKEN + t * KEY_RUN / 32 * 4, &r.top);
+  r.top >>= t * KEY_RUN % 32 / 8;
+#endif
+}
+
+// Dims 8 * octet .. 8 * octet + 7 of the lane's run: four pairs in order.
+DEVICE void key_levels(const KeyRow &r, int octet, const Levels &table, u32 *out) {
+#if KEY_BITS == 4
+  u32 word = r.words[octet];
+  signed_levels(word, word << 4, table, out);
+#else
+  u32 code = r.words[octet / 2] >> (2 * (octet & 1)) & 0x33333333u;
+#if KEY_BITS == 3
+  code |= shifted(r.top, 2 - octet) & 0x44444444u;
+#endif
+  whole_levels(code, table, out);
+#endif
+}
+
+// ---- values: lane (g, t) holds the g-th eighth of tokens 2t, 2t + 1 (half 0) and 2t + 8, 2t + 9 (half 1)
+
+#define VALUE_OCTETS (D / 64)
+
+// Nibbles of two words, even and odd token, interleaved: x = [E0 O0 E2 O2 E4 O4 E6 O6], y = [E1 O1 E3 O3 E5 O5 E7 O7].
+DEVICE void interleave(u32 even, u32 odd, u32 &x, u32 &y) {
+  x = select_bits(even, odd << 4, 0x0F0F0F0Fu);
+  y = select_bits(even >> 4, odd, 0x0F0F0F0Fu);
+}
+
+// The same for 16-bit words, even token below odd: [E0 O0 E2 O2] in the low half, [E1 O1 E3 O3] in the high half.
+DEVICE u32 interleave_16(u32 both) {
+  return (both & 0xF0F00F0Fu) | (both >> 12 & 0x0000F0F0u) | (both << 12 & 0x0F0F0000u);
+}
+
+// Planes of the lane's dims for one half of the unit.
+struct ValueHalf {
+#if VALUE_BITS == 4
+  u32 even[VALUE_OCTETS], odd[VALUE_OCTETS];
+#else
+  u32 low[D == 256 ? 4 : D == 128 ? 2 : 1];  // 2-bit words, even then odd token; d = 64: both tokens in one
+  u32 top[D == 256 ? 2 : 1];                 // 1-bit words, even then odd token; d <= 128: both tokens in one
+#endif
+};
+
+DEVICE void load_value_half(u32 unit, int lane, int half, ValueHalf &r) {
+#if VALUE_BITS == 4
+  u32 base = unit + VALUE0_BASE;
+#if D == 256
+  load_shared_128(base + (2 * half) * 512 + lane * 16, r.even);
+  load_shared_128(base + (2 * half + 1) * 512 + lane * 16, r.odd);
+#else
+  u32 words[2 * VALUE_OCTETS];
+  load_words<2 * VALUE_OCTETS>(base + half * (256 * VALUE_OCTETS) + lane * (8 * VALUE_OCTETS), words);
+#pragma unroll
+  for (int i = 0; i < VALUE_OCTETS; i++) r.even[i] = words[i], r.odd[i] = words[VALUE_OCTETS + i];
+#endif
+#else
+  load_words<D / 64>(unit + VALUE0_BASE + half * (2 * D) + lane * (D / 16), r.low);
+#if VALUE_BITS == 3
+  u32 top = unit + VALUE1_BASE + half * D + lane * (D / 32);
+  if (D == 256) load_shared_64(top, r.top);
+  if (D == 128) load_shared_32(top, r.top);
+  if (D == 64) load_shared_16(top, r.top);
+#endif
+#endif
+}
+
+#if VALUE_BITS == 3
+// The codes' highest bits at bit 2 of each nibble, in the order of `interleave`.
+DEVICE void value_top_bits(const ValueHalf &r, int octet, u32 &x, u32 &y) {
+#if D == 256
+  interleave(r.top[0], r.top[1], x, y);
+  x = shifted(x, 2 - octet);
+  y = shifted(y, 2 - octet);
+#elif D == 128
+  u32 both = interleave_16(r.top[0]);
+  u32 low = shifted(both, 2 - 2 * octet), high = shifted(both, 1 - 2 * octet);
+  x = prmt(low, high, 0x5410);
+  y = prmt(low, high, 0x7632);
+#else
+  u32 c = r.top[0];
+  u32 z = (c & 0xF00Fu) | (c >> 4 & 0x00F0u) | (c << 4 & 0x0F00u);
+  u32 low = prmt(z << 2, z << 1, 0x5140), high = prmt(z, z >> 1, 0x5140);
+  x = prmt(low, high, 0x5410);
+  y = prmt(low, high, 0x7632);
+#endif
+}
+#endif
+
+// Half of the dims n = 8 * octet .. 8 * octet + 7 of the lane's eighth: pairs (even token, odd token) of n0 n2 n4 n6, with
+// `odd_dims` of n1 n3 n5 n7.
+DEVICE void value_levels(const ValueHalf &r, int octet, bool odd_dims, const Levels &table, u32 *out) {
+#if VALUE_BITS == 4
+  u32 even = r.even[octet], odd = r.odd[octet];
+  u32 x = odd_dims ? select_bits(even >> 4, odd, 0x0F870F87u) : select_bits(even, odd << 4, 0x078F078Fu);
+  signed_levels(x, odd_dims ? rotate_left(x, 12) : x << 4, table, out);
+#else
+  u32 x, y;
+#if D == 64
+  u32 both = interleave_16(r.low[0]);
+  x = prmt(both, both >> 2, 0x5410);
+  y = prmt(both, both >> 2, 0x7632);
+#else
+  interleave(r.low[octet / 2], r.low[octet / 2 + D / 128], x, y);
+#endif
+  u32 code = (odd_dims ? y : x) >> (D == 64 ? 0 : 2 * (octet & 1)) & 0x33333333u;
+#if VALUE_BITS == 3
+  u32 top_x, top_y;
+  value_top_bits(r, octet, top_x, top_y);
+  code = and_or(odd_dims ? top_y : top_x, 0x44444444u, code);
+#endif
+  whole_levels(code, table, out);
+#endif
+}

@@ -1,0 +1,89 @@
+"""The few calls of CUDA's driver that a compiled kernel needs: load, occupancy, launch on torch's stream."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from .nvrtc import CudaError, load_cubin
+from .variant import Variant
+
+
+@dataclass(frozen=True)
+class Device:
+    """What decides how a kernel is built. ``arch``: compute capability, 90 for 9.0. Shared memory in bytes."""
+
+    arch: int
+    multiprocessors: int
+    shared_per_multiprocessor: int
+    shared_per_block: int
+
+
+@cache
+def device_facts(index: int) -> Device:
+    """Raises CudaError where this is not CUDA. Needs no context."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        raise CudaError("no CUDA device")
+    p = torch.cuda.get_device_properties(index)
+    # 1 KiB of each block is the system's.
+    return Device(
+        10 * p.major + p.minor,
+        p.multi_processor_count,
+        p.shared_memory_per_multiprocessor,
+        p.shared_memory_per_block_optin,
+    )
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except (ImportError, OSError, RuntimeError) as error:
+        raise CudaError(f"cuda-bindings is not usable: {error}") from error
+    return driver
+
+
+def _check(result: tuple[Any, ...], what: str) -> Any:
+    status, *values = result
+    if int(status) != 0:
+        raise CudaError(f"{what}: {status.name}")
+    return values[0] if values else None
+
+
+class Kernel:
+    """A loaded ``variant`` on one device. ``grid``: CTAs that run at once; the launch's size, whatever the batch."""
+
+    def __init__(self, variant: Variant, index: int) -> None:
+        facts = device_facts(index)
+        cubin = load_cubin(variant, facts.arch)
+        driver = _driver()
+        with torch.cuda.device(index):
+            torch.cuda.current_stream()
+            torch.empty(1, device="cuda")  # the driver needs torch's context
+            self._module = _check(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
+            self._function = _check(driver.cuModuleGetFunction(self._module, b"turboquant_decode"), "cuModuleGetFunction")
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(self._function, attribute, variant.shared_bytes), "cuFuncSetAttribute")
+            self._threads, self._shared = 32 * variant.tuning.warps, variant.shared_bytes
+            ctas = _check(
+                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, self._threads, self._shared),
+                "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+            )
+        if ctas == 0:
+            raise CudaError("the decode kernel does not fit this device")
+        # More would not fit the scratch, which is planned before anything is compiled.
+        self.grid = facts.multiprocessors * min(ctas, variant.tuning.ctas)
+        self._launch = driver.cuLaunchKernel
+
+    def launch(self, params: ctypes.Structure, stream: int) -> None:
+        """Starts the kernel on ``stream``. ``params`` is copied by the driver. Raises CudaError."""
+        pointer = ctypes.c_void_p(ctypes.addressof(params))
+        _check(
+            self._launch(
+                self._function, self.grid, 1, 1, self._threads, 1, 1, self._shared, stream, ctypes.addressof(pointer), 0
+            ),
+            "cuLaunchKernel",
+        )

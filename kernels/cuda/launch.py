@@ -1,0 +1,230 @@
+"""Launcher of the CUDA decode: the contract of ``kernels.decode`` for the formats and shapes of `supported`.
+
+`prepare` compiles at warm-up and says whether this machine can; `decode` then launches one kernel a call, on torch's current
+stream, with a grid that depends on the device alone. Launches on one device share counters and must be ordered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+from functools import cache
+
+import torch
+
+from ..format import PageFormat
+from .driver import Device, Kernel, device_facts
+from .nvrtc import CudaError
+from .variant import Tuning, Variant, padded_rows, supported
+
+logger = logging.getLogger(__name__)
+
+_MIN_ARCH, _BULK_ARCH = 80, 90
+_RESERVED_SHARED = 1024  # bytes of each block that are the system's
+_MAX_GRID = 4096
+# (warps, stages, CTAs a multiprocessor), best first; the first that fits a device's shared memory is used. The second list
+# is for kernels that need more than 128 registers a thread.
+_TUNINGS = ((8, 2, 2), (4, 2, 3), (4, 2, 2), (4, 2, 1), (2, 2, 2), (2, 2, 1), (2, 1, 1))
+_TUNINGS_WIDE = tuple(t for t in _TUNINGS if t[0] * t[2] <= 8)
+
+
+class _Params(ctypes.Structure):
+    """``struct Params`` of params.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "out", "cache", "block_table", "seq_lens", "query_start_loc")),
+        *((name, ctypes.c_void_p) for name in ("sinks", "partial", "counters")),
+        *((name, ctypes.c_uint64) for name in ("query_token", "query_head", "out_token", "out_head")),
+        *((name, ctypes.c_uint64) for name in ("cache_block", "cache_head", "table_request")),
+        *((name, ctypes.c_int) for name in ("requests", "kv_heads", "group", "max_query_len", "window")),
+        *((name, ctypes.c_float) for name in ("score_scale", "out_scale", "soft_cap")),
+    )
+
+
+def choose_variant(
+    facts: Device,
+    fmt: PageFormat,
+    block_size: int,
+    dtype: torch.dtype,
+    group: int,
+    max_query_len: int,
+    window: bool,
+    soft_cap: bool,
+    sink_bits: int,
+) -> Variant:
+    """The kernel for these options on a device like ``facts``. Raises CudaError where none fits."""
+    rows = padded_rows(group, max_query_len)
+    wide = fmt.head_size == 256 or rows > 8
+    for warps, stages, ctas in _TUNINGS_WIDE if wide else _TUNINGS:
+        variant = Variant(
+            fmt,
+            block_size,
+            dtype == torch.bfloat16,
+            rows,
+            max_query_len > 1,
+            window,
+            soft_cap,
+            sink_bits,
+            Tuning(warps, stages, ctas, facts.arch >= _BULK_ARCH),
+        )
+        fits = ctas * (variant.shared_bytes + _RESERVED_SHARED) <= facts.shared_per_multiprocessor
+        if fits and variant.shared_bytes <= facts.shared_per_block:
+            return variant
+    raise CudaError(f"{facts.shared_per_block} bytes of shared memory are too few")
+
+
+def _sink_bits(sinks: torch.dtype | None) -> int:
+    return 0 if sinks is None else sinks.itemsize * 8
+
+
+@cache
+def _kernel(
+    index: int,
+    fmt: PageFormat,
+    block_size: int,
+    dtype: torch.dtype,
+    group: int,
+    max_query_len: int,
+    window: bool,
+    soft_cap: bool,
+    sink_bits: int,
+) -> Kernel:
+    facts = device_facts(index)
+    if facts.arch < _MIN_ARCH:
+        raise CudaError(f"compute capability {facts.arch / 10} is below {_MIN_ARCH / 10}")
+    return _load(index, choose_variant(facts, fmt, block_size, dtype, group, max_query_len, window, soft_cap, sink_bits))
+
+
+@cache
+def _load(index: int, variant: Variant) -> Kernel:
+    return Kernel(variant, index)
+
+
+@cache
+def _counters(index: int) -> torch.Tensor:
+    """int32 zeros, one a CTA; each launch leaves them zero."""
+    return torch.zeros(_MAX_GRID, dtype=torch.int32, device=f"cuda:{index}")
+
+
+@cache
+def _warn(reason: str) -> None:
+    logger.warning("The CUDA decode is not used, the slower portable one is: %s", reason)
+
+
+def scratch_floats(group: int, head_size: int, max_query_len: int, device: torch.device) -> int:
+    """fp32 scratch elements that any `decode` of this shape needs on ``device``; no batch size or length matters.
+
+    Raises CudaError where ``device`` is not a CUDA device.
+    """
+    rows = padded_rows(group, max_query_len)
+    ctas = max(t[2] for t in (_TUNINGS_WIDE if head_size == 256 or rows > 8 else _TUNINGS))
+    multiprocessors = device_facts(_index(device)).multiprocessors
+    return 2 * multiprocessors * ctas * rows * (head_size + 4)
+
+
+def prepare(
+    device: torch.device,
+    fmt: PageFormat,
+    block_size: int,
+    dtype: torch.dtype,
+    group: int,
+    max_query_len: int,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.dtype | None = None,
+) -> bool:
+    """Compiles and loads what `decode` needs for these options. Whether the CUDA decode can be used for them here.
+
+    dtype: of query and output, bf16 or fp16. group: query heads a KV head. sinks: dtype of the sinks, fp32 or ``dtype``.
+    Call at warm-up, on every device and before capturing graphs. Where a supported kernel cannot be built, one warning is
+    logged.
+    """
+    if not supported(fmt, block_size, group, max_query_len) or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if sinks not in (None, torch.float32, dtype) or device.type != "cuda":
+        return False
+    index = _index(device)
+    try:
+        _kernel(index, fmt, block_size, dtype, group, max_query_len, bool(window), bool(soft_cap), _sink_bits(sinks))
+    except CudaError as error:
+        _warn(str(error))
+        return False
+    _counters(index)
+    return True
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+    fmt: PageFormat,
+    scale: float,
+    max_query_len: int,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Attention of the last ``query_start_loc[r + 1] - query_start_loc[r]`` (at most ``max_query_len``) tokens of each request.
+
+    query, out: bf16 or fp16, both alike, ``[T, Hq, d]``; rows of requests are written, those of length 0 as zeros. cache:
+    uint8 ``[B, Hk, N, C]``. block_table: int32 ``[R, *]``; entries past a length or wholly before a window are never read.
+    seq_lens: int32 ``[R]``, query tokens included. query_start_loc: int32 ``[R + 1]``. scratch: fp32, at least
+    ``scratch_floats(...)`` elements, contents free. scale: above 0. sinks: ``[Hq]`` logits without a value. Raises CudaError
+    where `prepare` with the same options is False.
+    """
+    _, heads, d = query.shape
+    _, kv_heads, block_size, slot = cache.shape
+    group = heads // kv_heads
+    index = cache.device.index
+    assert supported(fmt, block_size, group, max_query_len) and scale > 0
+    assert slot == fmt.slot_bytes and d == fmt.head_size and query.dtype == out.dtype
+    assert cache.stride(3) == 1 and cache.stride(2) == slot and cache.stride(0) % 16 == 0 and cache.stride(1) % 16 == 0
+    assert cache.data_ptr() % 16 == 0 and query.stride(2) == 1 and out.stride(2) == 1 and block_table.stride(1) == 1
+    assert out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0 and out.stride(1) % 2 == 0
+    assert seq_lens.is_contiguous() and query_start_loc.is_contiguous()
+    assert block_table.dtype == seq_lens.dtype == query_start_loc.dtype == torch.int32
+    assert scratch.dtype == torch.float32 and scratch.data_ptr() % 16 == 0 and scratch.is_contiguous()
+    assert scratch.numel() >= scratch_floats(group, d, max_query_len, cache.device)
+    assert sinks is None or (sinks.is_contiguous() and sinks.dtype in (torch.float32, query.dtype))
+    sink_bits = _sink_bits(sinks.dtype if sinks is not None else None)
+    kernel = _kernel(index, fmt, block_size, query.dtype, group, max_query_len, bool(window), bool(soft_cap), sink_bits)
+    counters = _counters(index)
+    rotation = 1 / math.sqrt(d)
+    params = _Params(
+        query.data_ptr(),
+        out.data_ptr(),
+        cache.data_ptr(),
+        block_table.data_ptr(),
+        seq_lens.data_ptr(),
+        query_start_loc.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
+        scratch.data_ptr(),
+        counters.data_ptr(),
+        query.stride(0),
+        query.stride(1),
+        out.stride(0),
+        out.stride(1),
+        cache.stride(0),
+        cache.stride(1),
+        block_table.stride(0),
+        seq_lens.shape[0],
+        kv_heads,
+        group,
+        max_query_len,
+        window or 0,
+        scale * rotation * math.log2(math.e),
+        rotation,
+        (soft_cap or 0.0) * math.log2(math.e),
+    )
+    kernel.launch(params, torch.cuda.current_stream(index).cuda_stream)

@@ -1,0 +1,87 @@
+"""CUDA C++ to cubins through NVRTC, kept on disk: the second process of a machine compiles nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from .variant import Variant, source
+
+# No header is included and fp32 stays IEEE where the sources do not say otherwise.
+_OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--disable-warnings")
+
+
+class CudaError(RuntimeError):
+    """The CUDA decode cannot be built or started here; the message says why."""
+
+
+def cache_folder() -> Path:
+    """``turboquant/cubin`` under ``VLLM_CACHE_ROOT``, by default ``~/.cache/vllm``."""
+    root = os.environ.get("VLLM_CACHE_ROOT") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vllm")
+    return Path(os.path.expanduser(root)) / "turboquant" / "cubin"
+
+
+def compile_cubin(variant: Variant, arch: int, extra: tuple[str, ...] = ()) -> tuple[bytes, str]:
+    """Compiles ``variant`` for ``sm_<arch>``, past any cache. Returns the cubin and the compiler's log.
+
+    Raises CudaError where NVRTC is missing or refuses.
+    """
+    try:
+        from cuda.bindings import nvrtc
+
+        ok = nvrtc.nvrtcResult.NVRTC_SUCCESS
+        options = [*_OPTIONS, f"--gpu-architecture=sm_{arch}", *extra]
+        options += [f"-D{name}={value}" for name, value in variant.macros().items()]
+        status, program = nvrtc.nvrtcCreateProgram(source().encode(), b"turboquant_decode.cu", 0, [], [])
+    except (ImportError, OSError, RuntimeError) as error:  # a missing libnvrtc shows at the first call
+        raise CudaError(f"NVRTC is not usable: {error}") from error
+    if status != ok:
+        raise CudaError(f"NVRTC: {status.name}")
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+        text = log.rstrip(b"\0 \n").decode(errors="replace")
+        if status != ok:
+            raise CudaError(f"NVRTC does not compile the decode kernel for sm_{arch}: {status.name}\n{text}")
+        _, size = nvrtc.nvrtcGetCUBINSize(program)
+        cubin = b" " * size
+        nvrtc.nvrtcGetCUBIN(program, cubin)
+        return cubin, text
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _version() -> str:
+    try:
+        from cuda.bindings import nvrtc
+
+        _, major, minor = nvrtc.nvrtcVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise CudaError(f"NVRTC is not usable: {error}") from error
+    return f"{major}.{minor}"
+
+
+def load_cubin(variant: Variant, arch: int) -> bytes:
+    """The cubin of ``variant``, from the disk cache if it is there. Raises CudaError as :func:`compile_cubin` does.
+
+    A cache that cannot be written costs time, not correctness.
+    """
+    key = repr((source(), sorted(variant.macros().items()), _OPTIONS, arch, _version()))
+    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    cubin, _ = compile_cubin(variant, arch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+    return cubin

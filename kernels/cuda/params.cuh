@@ -1,0 +1,27 @@
+// What one launch is given. Strides are in elements of the tensor; `vllm_turboquant.kernels.cuda.launch` mirrors this struct.
+
+struct Params {
+  const u16 *query;
+  u16 *out;
+  const u8 *cache;
+  const int *block_table;
+  const int *seq_lens;
+  const int *query_start_loc;
+  const void *sinks;
+  float *partial;  // [2 * CTAs][ROWS * (D + 4)]
+  int *counters;   // [CTAs], zero before and after
+  u64 query_token, query_head, out_token, out_head, cache_block, cache_head, table_request;
+  int requests, kv_heads, group, max_query_len, window;
+  float score_scale;  // softmax scale * log2(e), the rotation's 1 / sqrt(D) included
+  float out_scale;    // the rotation's 1 / sqrt(D)
+  float soft_cap;     // * log2(e)
+};
+
+#define COLUMNS (ROWS > 8 ? 16 : 8)  // query rows in MMA columns
+#define TILES (COLUMNS / 8)
+#define MERGE_ROWS (ROWS > 8 ? 8 : ROWS)  // rows merged at once
+#define LANE_DIMS (D / 32)
+#define LOG2E 1.4426950408889634f
+
+DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+DEVICE int larger(int a, int b) { return a > b ? a : b; }

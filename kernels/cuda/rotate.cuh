@@ -1,0 +1,68 @@
+// The rotation R = H diag(s): queries go in as R q, outputs come back as R^T o. One warp turns one row, LANE_DIMS
+// consecutive dims a lane. Another transform replaces these two functions and nothing else.
+
+// Unnormalised fast Walsh-Hadamard transform of the warp's row; the factor 1 / sqrt(D) is in the launch's scales.
+DEVICE void hadamard(float *x, int lane) {
+#pragma unroll
+  for (int step = 1; step < LANE_DIMS; step <<= 1)
+#pragma unroll
+    for (int i = 0; i < LANE_DIMS; i++)
+      if (!(i & step)) {
+        float a = x[i], b = x[i | step];
+        x[i] = a + b;
+        x[i | step] = a - b;
+      }
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1)
+#pragma unroll
+    for (int i = 0; i < LANE_DIMS; i++) {
+      float other = shuffle_xor(x[i], step);
+      x[i] = lane & step ? other - x[i] : x[i] + other;
+    }
+}
+
+// Bit i: the rotation flips the sign of the lane's dim i.
+DEVICE u32 lane_signs(int lane) {
+  constexpr u32 words[D / 32] = {SIGNS};
+  u32 word = words[0];
+#pragma unroll
+  for (int i = 1; i < D / 32; i++) word = lane * LANE_DIMS / 32 == i ? words[i] : word;
+  return word >> (lane * LANE_DIMS % 32);
+}
+
+DEVICE float flipped(float x, u32 signs, int i) { return bits_to_float(float_to_bits(x) ^ (signs >> i & 1) << 31); }
+
+DEVICE float input_to_float(u16 x) { return INPUT_BF16 ? bits_to_float((u32)x << 16) : f16_low(x); }
+
+// The row's R q / 2^e as fp16 to `target` [D] in shared memory. Returns the factor that turns its products with levels into
+// log2 scores. 2^e is the power of two above the largest |q|, so neither huge nor tiny queries leave fp16's range. Bounds
+// on the factor keep products with any fp16 scale finite; beyond them a softmax is one-hot or flat to fp32's precision.
+DEVICE float rotate_query(const u16 *row, u16 *target, u32 signs, float score_scale, int lane) {
+  float x[LANE_DIMS], peak = 0;
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS; i++) {
+    x[i] = flipped(input_to_float(row[lane * LANE_DIMS + i]), signs, i);
+    peak = fmaxf(peak, fabsf(x[i]));
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) peak = fmaxf(peak, shuffle_xor(peak, step));
+  int exponent = (int)(float_to_bits(peak) >> 23) - 126;  // 2^exponent > peak
+  exponent = peak == 0 ? 0 : larger(smaller(exponent, 126), -126);
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS; i++) x[i] *= bits_to_float((u32)(127 - exponent) << 23);
+  hadamard(x, lane);
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS; i += 2) *(u32 *)(target + lane * LANE_DIMS + i) = pack_f16(x[i], x[i + 1]);
+  float factor = score_scale * bits_to_float((u32)(127 + exponent) << 23);
+  return fminf(fmaxf(factor, 0x1p-60f), 0x1p60f);
+}
+
+// out = R^T x * scale, rounded to the output's type.
+DEVICE void rotate_back(float *x, u16 *row, u32 signs, float scale, int lane) {
+  hadamard(x, lane);
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS; i++) x[i] = flipped(x[i] * scale, signs, i);
+#pragma unroll
+  for (int i = 0; i < LANE_DIMS; i += 2)
+    *(u32 *)(row + lane * LANE_DIMS + i) = INPUT_BF16 ? pack_bf16(x[i], x[i + 1]) : pack_f16(x[i], x[i + 1]);
+}

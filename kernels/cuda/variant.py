@@ -1,0 +1,164 @@
+"""Compile-time options of the CUDA decode, all from ``kernels.format`` and ``kernels.codebook``; asks no device."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ..codebook import LEVELS
+from ..format import UNIT_TOKENS, PageFormat, Plane
+from ..rotation import ROTATION_SEED, sign_stream
+
+HEAD_SIZES = (64, 128, 256)
+BITS = ((4, 4), (4, 3), (3, 3), (2, 2))
+BLOCK_SIZES = (16, 32, 64)
+MAX_QUERY_LEN = 8
+MAX_GROUP = 16
+_PANEL = 128  # dims of K that share an MMA accumulator and a scale
+# In the order in which they are joined.
+SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "attend", "decode")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """``warps`` a CTA, ``stages`` of two units in each warp's ring, CTAs a multiprocessor, bulk copies (sm_90 and later)."""
+
+    warps: int
+    stages: int
+    ctas: int
+    bulk: bool
+
+
+def padded_rows(group: int, max_query_len: int) -> int:
+    """Query rows of a KV head that one CTA holds: a power of two, at most 16."""
+    return min(16, 1 << (group * max_query_len - 1).bit_length())
+
+
+def supported(fmt: PageFormat, block_size: int, group: int, max_query_len: int) -> bool:
+    """Whether the CUDA decode covers a format and shape: ``group`` query heads a KV head, pages of ``block_size`` tokens."""
+    key, value = fmt.preset.key, fmt.preset.value
+    return (
+        fmt.head_size in HEAD_SIZES
+        and fmt.scale_group == min(fmt.head_size, _PANEL)
+        and (key.bits, value.bits) in BITS
+        and not key.sketch
+        and block_size in BLOCK_SIZES
+        and 1 <= group <= MAX_GROUP
+        and 1 <= max_query_len <= MAX_QUERY_LEN
+    )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel. ``rows``: `padded_rows`; ``multi``: several query tokens a request, or a window."""
+
+    fmt: PageFormat
+    block_size: int
+    bf16: bool
+    rows: int
+    multi: bool
+    window: bool
+    soft_cap: bool
+    sink_bits: int
+    tuning: Tuning
+
+    @property
+    def mma_rows(self) -> int:
+        """Rows that a CTA really holds: large heads leave registers for 8."""
+        return min(self.rows, 8) if self.fmt.head_size == 256 else self.rows
+
+    @property
+    def shared_bytes(self) -> int:
+        t, d = self.tuning, self.fmt.head_size
+        ring = t.warps * t.stages * 2 * self.fmt.unit_bytes
+        parts = t.warps * min(self.mma_rows, 8) * (d + 2) * 4
+        columns = 16 if self.mma_rows > 8 else 8
+        return ring + parts + columns * (2 * d + 8) + t.warps * t.stages * 8 + 16
+
+    def macros(self) -> dict[str, str]:
+        """Every ``-D`` of the sources."""
+        fmt, t = self.fmt, self.tuning
+        values: dict[str, int | str] = {
+            "D": fmt.head_size,
+            "KEY_BITS": fmt.preset.key.bits,
+            "VALUE_BITS": fmt.preset.value.bits,
+            "ROWS": self.mma_rows,
+            "WARPS": t.warps,
+            "STAGES": t.stages,
+            "MIN_CTAS": t.ctas,
+            "MIN_UNITS": 8,
+            "BULK": int(t.bulk),
+            "INPUT_BF16": int(self.bf16),
+            "MULTI": int(self.multi or self.window),
+            "WINDOW": int(self.window),
+            "SOFT_CAP": int(self.soft_cap),
+            "SINK_BITS": self.sink_bits,
+            "SUB_SHIFT": (self.block_size // UNIT_TOKENS).bit_length() - 1,
+            "UNIT_BYTES": fmt.unit_bytes,
+            "SHARED_BYTES": self.shared_bytes,
+            "SCALE_BASE": fmt.scalar_base,
+            "SCALE_GROUP_BYTES": fmt.scalar_offset(0, 1, 0) - fmt.scalar_offset(0, 0, 0),
+            "SIGNS": ",".join(sign_words(fmt.head_size)),
+            "KEY_LEVELS": level_table(fmt.preset.key.bits, half),
+            "VALUE_LEVELS": level_table(fmt.preset.value.bits, bfloat if self.bf16 else half),
+        }
+        for i, plane in enumerate(fmt.key_planes):
+            values |= {f"KEY{i}_{name}": offset for name, offset in key_strides(plane).items()}
+        for i, plane in enumerate(fmt.value_planes):
+            values[f"VALUE{i}_BASE"] = plane.offset
+        return {name: str(value) for name, value in values.items()}
+
+
+def key_strides(plane: Plane) -> dict[str, int]:
+    """A K plane's base and its strides a token and a panel of 128 dims; inside a panel of a token dims are consecutive."""
+    start = plane.byte_offset(0, 0)
+    panel = plane.byte_offset(0, _PANEL * plane.bits // 8) - start if plane.head_size > _PANEL else 0
+    return {"BASE": start, "TOKEN": plane.byte_offset(1, 0) - start, "PANEL": panel}
+
+
+def half(level: float) -> int:
+    """The bits of ``level`` in fp16."""
+    return int.from_bytes(struct.pack("<e", level), "little")
+
+
+def bfloat(level: float) -> int:
+    """The bits of ``level``, which has few digits, in bf16."""
+    bits = int.from_bytes(struct.pack("<f", level), "little")
+    assert bits & 0xFFFF == 0, f"level {level} is not a bf16 number"
+    return bits >> 16
+
+
+def level_table(bits: int, encode: Callable[[float], int]) -> str:
+    """The four words of ``struct Levels``: high bytes of codes 0..3 and 4..7, then their low bytes.
+
+    4-bit codes look up magnitudes and merge their sign; codes of 2 and 3 bits look up signed levels.
+    """
+    levels = LEVELS[bits] if bits == 4 else (*LEVELS[bits], *(-level for level in LEVELS[bits]))
+    words = [encode(level) for level in levels]
+    words += [0] * (8 - len(words))
+
+    def word(part: list[int], shift: int) -> str:
+        return f"0x{sum((x >> shift & 0xFF) << (8 * i) for i, x in enumerate(part)):08x}u"
+
+    return ",".join([word(words[:4], 8), word(words[4:], 8), word(words[:4], 0), word(words[4:], 0)])
+
+
+def sign_words(head_size: int) -> Iterator[str]:
+    """The rotation's sign flips, 32 a word."""
+    signs = sign_stream(head_size, ROTATION_SEED)
+    for start in range(0, head_size, 32):
+        yield f"0x{sum((sign < 0) << i for i, sign in enumerate(signs[start : start + 32])):08x}u"
+
+
+@cache
+def source(name: str | None = None) -> str:
+    """The sources joined, each under its own name in the compiler's messages; or only ``name``."""
+    folder = Path(__file__).parent
+    parts = []
+    for part in SOURCES if name is None else (name,):
+        file = folder / f"{part}.{'cu' if part == 'decode' else 'cuh'}"
+        parts.append(f'#line 1 "{file.name}"\n{file.read_text()}')
+    return "\n".join(parts)
