@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -71,6 +72,8 @@ class TurboQuantImpl(AttentionImpl):
         self.logits_soft_cap = logits_soft_cap or None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
+        # Page sizes for which warm-up found the CUDA decode usable; the portable one serves the others.
+        self.cuda_pages: set[int] = set()
         # Kept, because vLLM's model runners do not all set it around their dummy runs.
         self.vllm_config = get_current_vllm_config()
         _note_head_size(head_size)
@@ -124,7 +127,7 @@ class TurboQuantImpl(AttentionImpl):
             if query.is_cuda:
                 from .workspace import reserve
 
-                reserve(self.vllm_config)
+                reserve(self.vllm_config, query.device)
             return output.fill_(0)
         tokens = attn_metadata.num_actual_tokens
         q = query[:tokens].view(tokens, self.num_heads, self.head_size)
@@ -162,26 +165,15 @@ class TurboQuantImpl(AttentionImpl):
         out: torch.Tensor,
     ) -> None:
         if meta.decodes:
-            from .kernels.combine import plan_decode
-            from .kernels.decode import decode
-            from .workspace import decode_scratch
-
             n = meta.decode_tokens
-            plan = plan_decode(meta.decodes, n, self.num_heads, self.num_kv_heads, self.head_size, meta.max_query_len)
-            decode(
+            self.decode(
                 query[:n],
                 kv_cache,
                 meta.block_table[: meta.decodes],
                 meta.seq_lens[: meta.decodes],
                 meta.query_start_loc[: meta.decodes + 1],
                 out[:n],
-                decode_scratch(plan.floats),
-                self.format,
-                self.scale,
                 meta.max_query_len,
-                window=self.sliding_window,
-                soft_cap=self.logits_soft_cap,
-                sinks=self.sinks,
             )
         if meta.prefill is not None:
             from .prefill import attend_prefill
@@ -190,9 +182,49 @@ class TurboQuantImpl(AttentionImpl):
             rows = slice(meta.prefill.start, meta.prefill.start + meta.prefill.tokens)
             attend_prefill(self, meta.prefill, query[rows], key[rows], value[rows], kv_cache, meta.block_table, out[rows])
 
+    def decode(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        out: torch.Tensor,
+        max_query_len: int,
+    ) -> None:
+        """Attention of at most ``max_query_len`` tokens a request, all read from the pages, as ``kernels.decode`` has it."""
+        from .kernels import decode as portable
+        from .kernels.combine import plan_decode
+        from .kernels.cuda import launch
+        from .workspace import decode_scratch
 
-def compressed_layers(vllm_config: VllmConfig) -> list[TurboQuantImpl]:
-    """The implementations of all compressed layers that exist so far, draft layers included."""
+        kv_heads, group = self.num_kv_heads, self.num_heads // self.num_kv_heads
+        if kv_cache.shape[2] in self.cuda_pages:
+            kernel = launch.decode
+            floats = launch.scratch_floats(group, self.head_size, max_query_len, query.device)
+        else:
+            kernel = portable.decode
+            plan = plan_decode(len(seq_lens), len(query), self.num_heads, kv_heads, self.head_size, max_query_len)
+            floats = plan.floats
+        kernel(
+            query,
+            kv_cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            out,
+            decode_scratch(floats),
+            self.format,
+            self.scale,
+            max_query_len,
+            window=self.sliding_window,
+            soft_cap=self.logits_soft_cap,
+            sinks=self.sinks,
+        )
+
+
+def compressed_layers(vllm_config: VllmConfig, names: Collection[str] | None = None) -> list[TurboQuantImpl]:
+    """The implementations of all compressed layers that exist so far, draft layers included; or of those in ``names``."""
     layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
-    impls = [getattr(layer, "impl", None) for layer in layers.values()]
+    impls = [getattr(layer, "impl", None) for name, layer in layers.items() if names is None or name in names]
     return [impl for impl in impls if isinstance(impl, TurboQuantImpl)]

@@ -59,8 +59,8 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             self.reorder_batch_threshold = max_query_len(vllm_config)
             if drafts_with_a_model(vllm_config):
                 self.inexact = self.reorder_batch_threshold
-            reserve(vllm_config)
-            warm_up(vllm_config, kv_cache_spec.block_size, self.reorder_batch_threshold, device)
+            reserve(vllm_config, device)
+            warm_up(vllm_config, layer_names, kv_cache_spec.block_size, self.reorder_batch_threshold, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:

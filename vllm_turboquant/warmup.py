@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from vllm.config import VllmConfig
 
 from .impl import TurboQuantImpl, compressed_layers
-from .kernels.combine import plan_decode
-from .kernels.decode import decode
+from .kernels.cuda.launch import prepare
 from .kernels.prefill import load_context
 from .kernels.store import store
-from .workspace import decode_scratch, prefill_scratch
+from .workspace import prefill_scratch
 
 
-def warm_up(vllm_config: VllmConfig, block_size: int, max_query_len: int, device: torch.device) -> None:
-    """Runs store, decode and context loading once for each kind of compressed layer. Touches no page of the KV cache."""
+def warm_up(
+    vllm_config: VllmConfig, layer_names: Collection[str], block_size: int, max_query_len: int, device: torch.device
+) -> None:
+    """Chooses each layer's decode and runs every kernel once for each kind of layer. Touches no page of the KV cache."""
+    dtype = vllm_config.model_config.dtype
     seen: set[tuple[object, ...]] = set()
-    for impl in compressed_layers(vllm_config):
+    for impl in compressed_layers(vllm_config, layer_names):
+        fast = prepare(
+            device,
+            impl.format,
+            block_size,
+            dtype,
+            impl.num_heads // impl.num_kv_heads,
+            max_query_len,
+            window=impl.sliding_window,
+            soft_cap=impl.logits_soft_cap,
+            sinks=None if impl.sinks is None else impl.sinks.dtype,
+        )
+        if fast:
+            impl.cuda_pages.add(block_size)
         kind = (
             impl.preset,
             impl.num_heads,
@@ -28,7 +45,7 @@ def warm_up(vllm_config: VllmConfig, block_size: int, max_query_len: int, device
         )
         if kind not in seen:
             seen.add(kind)
-            _run_once(impl, vllm_config.model_config.dtype, block_size, max_query_len, device)
+            _run_once(impl, dtype, block_size, max_query_len, device)
 
 
 def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_query_len: int, device: torch.device) -> None:
@@ -44,19 +61,4 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
     one = torch.ones(1, dtype=torch.int32, device=device)
     starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
     load_context(cache, table, torch.zeros_like(one), starts, 1, context_key, context_value, fmt)
-    plan = plan_decode(1, 1, heads, kv_heads, d, max_query_len)
-    decode(
-        query,
-        cache,
-        table,
-        one,
-        starts,
-        torch.empty(1, heads, d, dtype=dtype, device=device),
-        decode_scratch(plan.floats),
-        fmt,
-        impl.scale,
-        max_query_len,
-        window=impl.sliding_window,
-        soft_cap=impl.logits_soft_cap,
-        sinks=impl.sinks,
-    )
+    impl.decode(query, cache, table, one, starts, torch.empty(1, heads, d, dtype=dtype, device=device), max_query_len)

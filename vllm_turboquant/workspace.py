@@ -14,6 +14,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 
 from .impl import compressed_layers
 from .kernels.combine import plan_decode
+from .kernels.cuda.launch import scratch_floats
 from .plan import drafts_with_a_model
 
 CONTEXT_BYTES = 48 * 2**20  # decoded keys and values of one range of older context
@@ -44,13 +45,14 @@ def prefill_scratch(
     return key, value, out
 
 
-def reserve(vllm_config: VllmConfig) -> None:
+def reserve(vllm_config: VllmConfig, device: torch.device) -> None:
     """Grows the workspace to the most that any step of any compressed layer can ask for."""
     scheduler = vllm_config.scheduler_config
     query_len = max_query_len(vllm_config)
     shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_size) for impl in compressed_layers(vllm_config)}
     for heads, kv_heads, head_size in shapes:
         decode_scratch(_most_floats(scheduler.max_num_seqs, query_len, heads, kv_heads, head_size))
+        decode_scratch(scratch_floats(heads // kv_heads, head_size, query_len, device))
         prefill_scratch(scheduler.max_num_batched_tokens, heads, kv_heads, head_size, vllm_config.model_config.dtype)
 
 
