@@ -19,7 +19,7 @@ MAX_QUERY_LEN = 8
 MAX_GROUP = 16
 _PANEL = 128  # dims of K that share an MMA accumulator and a scale
 # In the order in which they are joined.
-SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "attend", "decode")
+SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "score", "attend", "decode")
 
 
 @dataclass(frozen=True)
