@@ -57,7 +57,7 @@ TABLE = (
     Shape(32, 16384, head_size=64),
     Shape(64, 32768, preset="turboquant-k3v3"),
 )
-CONTEXT = tuple(Shape(32, 1024 * 2**i, rivals=False) for i in range(6))
+CONTEXT = tuple(Shape(32, 1024 * 2**i) for i in range(6))
 PAGES = tuple(Shape(b, n, page=page, rivals=False) for b, n in ((64, 32768), (32, 8192)) for page in (16, 32, 64))
 GROUPS = {"table": TABLE, "context": CONTEXT, "pages": PAGES}
 
