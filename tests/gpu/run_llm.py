@@ -71,9 +71,10 @@ def divergence(logits, path):
     """Mean KL of the next token in nats, from the logits in ``path`` to ``logits``."""
     import torch
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     total, steps = 0.0, 0
     for reference, ours in zip(torch.load(path, mmap=True), logits, strict=True):
-        p, q = (x.cuda().double().log_softmax(-1) for x in (reference, ours))
+        p, q = (x.to(device).double().log_softmax(-1) for x in (reference, ours))
         total += float((p.exp() * (p - q)).sum(-1).mean())
         steps += 1
     return total / steps

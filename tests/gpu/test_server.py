@@ -15,6 +15,7 @@ CONCURRENT, ALONE, TOKENS = 256, 24, 48
 EXTRA = (
     "--max-model-len=512",
     "--max-num-batched-tokens=512",
+    f"--max-num-seqs={CONCURRENT}",
     "--kv-cache-memory-bytes=1G",
     "--num-gpu-blocks-override=256",
     "--no-enable-prefix-caching",
