@@ -26,7 +26,7 @@ ifeq ($(shell command -v c++ || command -v g++),)
 export TORCH_COMPILE_DISABLE := 1
 endif
 
-.PHONY: serve test test-quick setup demo-model lint typecheck format clean
+.PHONY: serve test test-quick figures setup demo-model lint typecheck format clean
 
 serve: setup
 	@$(BIN)/python deploy/serve.py --port $(PORT) --kv-cache-dtype $(KV_CACHE_DTYPE) $(SERVE_ARGS)
@@ -56,6 +56,11 @@ $(VENV)/.project: $(VENV)/.vllm pyproject.toml
 $(UNPACKED)/.complete: $(VENV)/.vllm deploy/unpack_vllm.py
 	$(BIN)/python deploy/unpack_vllm.py $(VLLM_UNPACKED) $(UNPACKED)
 	@touch $@
+
+# README tables and picture, out of the rows in tests/bench/results/.
+figures: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench]'
+	$(BIN)/python -m tests.bench.figures
 
 lint: setup typecheck
 	$(BIN)/ruff check .

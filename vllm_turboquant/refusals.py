@@ -28,7 +28,11 @@ def _check_platform(dtype: str, platform: Any) -> None:
         raise refuse(FLAG, dtype, f"needs compute capability 8.0 or higher, this GPU has {found}", "use --kv-cache-dtype auto")
 
 
-def _check_options(dtype: str, args: Any) -> None:
+def _check_options(dtype: str, args: Any, platform: Any) -> None:
+    if args.enable_sleep_mode and platform.is_cuda():
+        # Layout tables and counters on the GPU are made with the KV cache, whose memory sleeping discards.
+        reason = "cannot be combined with --enable-sleep-mode on a GPU yet: what the kernels keep there would be lost"
+        raise refuse(FLAG, dtype, reason, "drop --enable-sleep-mode or use --kv-cache-dtype auto")
     for flag, value in (
         ("--decode-context-parallel-size", args.decode_context_parallel_size),
         ("--prefill-context-parallel-size", args.prefill_context_parallel_size),
@@ -137,5 +141,5 @@ def check_engine_args(args: Any, model: Any, platform: Any) -> None:
         return
     TurboQuantSettings.from_additional_config(args.additional_config)
     _check_platform(dtype, platform)
-    _check_options(dtype, args)
+    _check_options(dtype, args, platform)
     _check_model(dtype, model, platform)

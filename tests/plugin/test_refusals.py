@@ -62,6 +62,23 @@ def test_hardware(cuda: bool, capability: tuple[int, int], parts: tuple[str, ...
     check_sentence(str(caught.value), parts)
 
 
+@pytest.mark.parametrize(("cuda", "refused"), [(True, True), (False, False)])
+def test_sleep_mode_on_a_gpu(cuda: bool, refused: bool) -> None:
+    from vllm_turboquant.refusals import _check_options
+
+    no = dict.fromkeys(("attention_backend", "kv_transfer_config", "kv_offloading_size"), None)
+    attention = SimpleNamespace(backend=None, backend_per_kind={})
+    one = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    args = SimpleNamespace(enable_sleep_mode=True, attention_config=attention, **one, **no)
+    platform = SimpleNamespace(is_cuda=lambda: cuda)
+    if not refused:
+        _check_options("turboquant", args, platform)
+        return
+    with pytest.raises(TurboQuantError) as caught:
+        _check_options("turboquant", args, platform)
+    check_sentence(str(caught.value), ("--kv-cache-dtype turboquant", "--enable-sleep-mode on a GPU", "drop", "auto."))
+
+
 def test_excepthook_prints_only_our_sentences(plugin: None, capsys: pytest.CaptureFixture) -> None:
     import sys
 
