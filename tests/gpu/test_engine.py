@@ -9,6 +9,8 @@ import random
 import pytest
 import torch
 
+from vllm_turboquant.kernels.format import PRESETS
+
 from .engines import LOSSLESS, job_result
 from .tiny import make
 
@@ -98,8 +100,7 @@ def test_speculation_changes_no_more_than_autos(generate, speculation):
 
 MIXED = EAGER | CHUNKED | NGRAM
 SHADOWED = {
-    **{f"{preset}, llama": (preset, "llama", MIXED) for preset in ("turboquant", "turboquant-k8v4", "turboquant-k4v3")},
-    **{f"{preset}, llama": (preset, "llama", MIXED) for preset in ("turboquant-k3v3", "turboquant-k2v2", "turboquant-k4v4-qjl")},
+    **{preset: (preset, "llama", MIXED) for preset in PRESETS},
     "lossless, draft model": (LOSSLESS, "llama", EAGER | CHUNKED | DRAFT),
     "turboquant, window": ("turboquant", "window", MIXED),
     "turboquant, soft cap": ("turboquant", "soft cap", MIXED),
@@ -108,7 +109,7 @@ SHADOWED = {
 
 @pytest.mark.parametrize("case", SHADOWED)
 def test_every_attention_call_against_the_oracle(generate, case):
-    """Chunked prefills, prefix-less decodes and verified drafts of a running engine, layer by layer."""
+    """First and continued chunks, decodes and verified drafts of a running engine, layer by layer."""
     preset, model, options = SHADOWED[case]
     result = generate(preset, options, model=model, shadow=True)
     assert all(len(answer["ids"]) == TOKENS for answer in result["answers"])
