@@ -96,11 +96,15 @@ def _check_model(dtype: str, model: Any, platform: Any) -> None:
         allowed = f"multiples of {HEAD_SIZE_STEP} from {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE}"
         raise refuse(FLAG, dtype, f"model {model.model} has head size {size}; allowed are {allowed}", SERVE_PLAIN)
     if platform.is_cuda():
-        _check_prefill(dtype, model, size)
+        _check_gpu_prefill(dtype, model, size)
 
 
-def _check_prefill(dtype: str, model: Any, head_size: int) -> None:
-    """On a GPU, FlashAttention attends to a prompt's own tokens."""
+def _check_gpu_prefill(dtype: str, model: Any, head_size: int) -> None:
+    """On a GPU, FlashAttention attends to a prompt's own tokens, which every layer must compute itself."""
+    shared = getattr(model.hf_text_config, "num_kv_shared_layers", None) or 0
+    if shared > 0:
+        reason = f"model {model.model} has {shared} layers that share another layer's cache, which are not computed on a GPU yet"
+        raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
     if head_size > MAX_GPU_HEAD_SIZE:
         reason = f"model {model.model} has head size {head_size}; allowed on a GPU, where FlashAttention prefills, are up to 256"
         raise refuse(FLAG, dtype, reason, SERVE_PLAIN)

@@ -103,6 +103,7 @@ GPU_REFUSALS = {
     "served": (256, torch.bfloat16, None, ()),
     "half": (64, torch.float16, None, ()),
     "head size": (512, torch.bfloat16, None, ("head size 512", "up to 256", "--kv-cache-dtype auto.")),
+    "shared cache": (128, torch.bfloat16, None, ("20 layers that share another layer's cache", "on a GPU", "auto.")),
     "float32": (128, torch.float32, None, ("--dtype float32 on a GPU", "bfloat16 and float16", "use --dtype bfloat16.")),
     "no FlashAttention": (128, torch.bfloat16, MISSING_FA, ("needs FlashAttention", MISSING_FA, "vLLM's CUDA wheel")),
 }
@@ -114,7 +115,7 @@ def test_models_on_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     size, dtype, missing, parts = GPU_REFUSALS[case]
     no = dict.fromkeys(("is_attention_free", "is_encoder_decoder", "use_mla", "is_mm_prefix_lm"), False)
-    text = SimpleNamespace(alibi=False)
+    text = SimpleNamespace(alibi=False, num_kv_shared_layers=20 if case == "shared cache" else 0)
     model = SimpleNamespace(
         model="M", runner_type="generate", architecture="LlamaForCausalLM", architectures=["LlamaForCausalLM"], dtype=dtype, **no
     )
