@@ -1,6 +1,7 @@
 """vLLM's engine on a Llama-3.1-8B shape with dummy weights: capacity, prefill seconds, time per output token, start-up.
 
     python -m tests.bench.engine auto fp8 turboquant          one process a dtype, one `call` for all rows
+    python -m tests.bench.engine --full auto turboquant       also with as many 8192-token requests as fit, a minute a dtype
     python -m tests.bench.engine --memory auto turboquant     peak memory beside the KV cache against context
 
 Appends a row a dtype to results/engine_<card>.jsonl, or memory_<card>.jsonl. Prefill and decode of B requests of L tokens are
@@ -23,6 +24,7 @@ from .rows import append_row
 
 SHAPES = ((48, 8192), (1, 32768))
 OUTPUT_TOKENS = 65
+MAX_REQUESTS = 256
 CONTEXTS = (8192, 131000)  # tokens of the one request whose memory is watched
 
 
@@ -42,7 +44,7 @@ def start(dtype: str, max_model_len: int) -> tuple[Any, float]:
         gpu_memory_utilization=0.88,
         kv_cache_dtype=dtype,
         enable_prefix_caching=False,
-        max_num_seqs=256,
+        max_num_seqs=MAX_REQUESTS,
         max_num_batched_tokens=8192,
         compilation_config={
             "mode": 0,
@@ -64,8 +66,8 @@ def generate(llm: Any, batch: int, length: int, tokens: int) -> float:
     return time.time() - begin
 
 
-def measure(dtype: str) -> dict[str, object]:
-    """In this process: starts an engine and times it."""
+def measure(dtype: str, full: bool) -> dict[str, object]:
+    """In this process: starts an engine and times it; ``full``: also when its cache is."""
     llm, start_s = start(dtype, 40960)
     cache = llm.llm_engine.vllm_config.cache_config
 
@@ -79,6 +81,11 @@ def measure(dtype: str) -> dict[str, object]:
         prefill, whole = generate(llm, batch, length, 1), generate(llm, batch, length, OUTPUT_TOKENS)
         tpot_ms = (whole - prefill) / (OUTPUT_TOKENS - 1) * 1e3
         row[f"B{batch}_L{length}"] = {"prefill_s": round(prefill, 2), "tpot_ms": round(tpot_ms, 2)}
+    if full:
+        length = SHAPES[0][1]
+        requests = min(MAX_REQUESTS, cache.num_gpu_blocks // -(-(length + OUTPUT_TOKENS) // cache.block_size))
+        prefill, whole = generate(llm, requests, length, 1), generate(llm, requests, length, OUTPUT_TOKENS)
+        row["full"] = {"requests": requests, "tokens_per_s": round(requests * (OUTPUT_TOKENS - 1) / (whole - prefill), 1)}
     return row
 
 
@@ -98,14 +105,16 @@ def measure_memory(dtype: str) -> dict[str, object]:
 
 
 def main() -> None:
-    memory = "--memory" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--memory"]
+    modes = [argument for argument in sys.argv[1:] if argument in ("--full", "--memory")]
+    arguments = [argument for argument in sys.argv[1:] if argument not in modes]
+    memory = "--memory" in modes
     if arguments[0] == "--one":
-        print("ROW", json.dumps((measure_memory if memory else measure)(arguments[1])), flush=True)
+        row = measure_memory(arguments[1]) if memory else measure(arguments[1], "--full" in modes)
+        print("ROW", json.dumps(row), flush=True)
         return
     call = uuid.uuid4().hex[:8]
     for dtype in arguments:
-        command = [sys.executable, "-m", "tests.bench.engine", *(["--memory"] if memory else []), "--one", dtype]
+        command = [sys.executable, "-m", "tests.bench.engine", *modes, "--one", dtype]
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         rows = [line[4:] for line in child.stdout.splitlines() if line.startswith("ROW ")]
         if not rows:
