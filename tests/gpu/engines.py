@@ -13,15 +13,6 @@ LOSSLESS = "turboquant-debug-lossless"
 ROOT = Path(__file__).parents[2]
 
 
-def once(folder, name, make):
-    """The JSON value of ``make()``, made by the first process that asks; a failure is not kept."""
-    path = folder / f"{name}.json"
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            path.write_text(json.dumps(make()))
-    return json.loads(path.read_text())
-
-
 def run_job(job):
     """The result of run_llm.py for ``job``; raises AssertionError with the end of its output."""
     command = [sys.executable, str(Path(__file__).with_name("run_llm.py")), json.dumps(job)]
@@ -39,4 +30,9 @@ def shared_folder(tmp_path_factory):
 
 
 def job_result(folder, job):
-    return once(folder, hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16], lambda: run_job(job))
+    """`run_job`, run by the first process that asks for this job; a failure is not kept."""
+    path = folder / f"{hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            path.write_text(json.dumps(run_job(job)))
+    return json.loads(path.read_text())

@@ -17,7 +17,7 @@ from vllm_turboquant.kernels import reference
 Errors = dict[str, list[tuple[float, float]]]
 
 
-def attend(q, k, v, scale, window, soft_cap, sinks):
+def attend(q, k, v, scale, window=None, soft_cap=None, sinks=None):
     """Causal, rows aligned to the end; q ``[R, Hq, d]``, k and v ``[L, Hk, d]`` of one dtype; the softmax in fp32 or wider."""
     rows, length, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

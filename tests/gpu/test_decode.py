@@ -10,6 +10,7 @@ from vllm_turboquant.kernels.cuda.variant import supported
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 
 from ..kernels.oracle import make_batch
+from .shadow import attend, cached
 
 pytestmark = pytest.mark.gpu
 # Around page (32) and unit (16) edges and, with several splits, around split edges.
@@ -74,25 +75,13 @@ def oracle(batch, dtype, scale, **options):
 
 def plain_torch(batch, dtype, scale):
     """Attention of the same decoded cache in ``dtype``: what an uncompressed engine computes, rounding included."""
-    turn = reference._rotate(
-        torch.eye(batch.fmt.head_size, dtype=torch.float64, device="cuda"), batch.fmt, batch.fmt.preset.key, 0
-    ).T
     out = torch.zeros_like(batch.query, dtype=dtype)
     starts = batch.query_start_loc.tolist()
-    size, group = batch.cache.shape[2], batch.query.shape[1] // batch.cache.shape[1]
     for r, length in enumerate(batch.seq_lens.tolist()):
-        rows = starts[r + 1] - starts[r]
-        if not rows or not length:
-            continue
-        blocks = batch.block_table[r, : -(-length // size)].long()
-        keys, values = reference.load(batch.cache, blocks, batch.fmt)
-        k = (keys[:length] @ turn).to(dtype).repeat_interleave(group, 1).transpose(0, 1)
-        v = (values[:length] @ turn).to(dtype).repeat_interleave(group, 1).transpose(0, 1)
-        q = batch.query[starts[r] : starts[r + 1]].to(dtype).transpose(0, 1)
-        scores = (q @ k.transpose(1, 2)).float() * scale
-        hidden = torch.ones(rows, length, dtype=torch.bool, device="cuda").triu(length - rows + 1)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(dtype)
-        out[starts[r] : starts[r + 1]] = (weights @ v).transpose(0, 1)
+        rows = slice(starts[r], starts[r + 1])
+        if rows.stop > rows.start and length:
+            keys, values = cached(batch.cache, batch.block_table[r], 0, length, batch.fmt)
+            out[rows] = attend(batch.query[rows].to(dtype), keys.to(dtype), values.to(dtype), scale)
     return out
 
 
@@ -159,27 +148,9 @@ def test_rows_of_length_zero(which, seed):
 
 
 def test_poison_changes_nothing(which, seed):
-    outs = [
-        kernel(
-            which,
-            make_batch(
-                page_format("turboquant", 96 if which == "portable" else 64),
-                [5, 33, 64, 300],
-                [1, 2, 3, 1],
-                2,
-                4,
-                32,
-                seed,
-                p,
-                "cuda",
-            ),
-            torch.bfloat16,
-            3,
-            0.1,
-        )
-        for p in (0xFF, 0)
-    ]
-    assert torch.equal(*outs)
+    fmt = page_format("turboquant", 96 if which == "portable" else 64)
+    batches = [make_batch(fmt, [5, 33, 64, 300], [1, 2, 3, 1], 2, 4, 32, seed, poison, "cuda") for poison in (0xFF, 0)]
+    assert torch.equal(*(kernel(which, batch, torch.bfloat16, 3, 0.1) for batch in batches))
 
 
 @pytest.mark.parametrize("query_len", (1, 2, 4, 8))
@@ -267,26 +238,3 @@ def test_the_cuda_decode_leaves_its_counters_zero_and_repeats_itself(seed):
     outs = [kernel("cuda", batch, torch.bfloat16, 1, 0.1) for _ in range(20)]
     assert all(torch.equal(out, outs[0]) for out in outs)
     assert not launch._counters(torch.cuda.current_device()).any()
-
-
-@pytest.mark.parametrize("preset", (*PRESETS, LOSSLESS_PRESET))
-@pytest.mark.parametrize("head_size", (64, 80, 128, 256, 576))
-def test_context_is_decoded_into_the_models_basis(preset, head_size, seed):
-    from vllm_turboquant.kernels.prefill import load_context
-
-    fmt = page_format(preset, head_size)
-    batch = make_batch(fmt, [300], [1], 2, 1, 32, seed, device="cuda")
-    turn = reference._rotate(torch.eye(head_size, dtype=torch.float64, device="cuda"), fmt, fmt.preset.key, 0).T
-    keys, values = reference.load(batch.cache, batch.block_table[0, :10].long(), fmt)
-    for dtype in (torch.bfloat16, torch.float16):
-        firsts, counts = [0, 17, 9, 31, 256], [300, 1, 0, 100, 44]
-        first = torch.tensor(firsts, dtype=torch.int32, device="cuda")
-        starts = torch.tensor([2, *counts], device="cuda").cumsum(0).to(torch.int32)
-        total = 2 + sum(counts)
-        k, v = (torch.full((total + 3, 2, head_size), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
-        load_context(batch.cache, batch.block_table.expand(5, -1), first, starts, max(counts), k, v, fmt)
-        for mine, truth in ((k, keys), (v, values)):
-            assert mine[:2].isnan().all() and mine[total:].isnan().all()
-            expected = torch.cat([truth[f : f + n] for f, n in zip(firsts, counts, strict=True)]) @ turn
-            # tf32 rounds the decoded vector and the rotation by 2**-12 each; the output type by 2**-9 or 2**-12.
-            assert relative(mine[2:total], expected) < 2**-8.5

@@ -69,7 +69,7 @@ def test_preempted_answers_are_as_close_to_solo_ones_as_autos(servers, smollm2, 
     ours, theirs = results[LOSSLESS], results["auto"]
     # Means of 24 shares; three standard errors of their difference.
     error = (statistics.variance(ours[0]) + statistics.variance(theirs[0])) / ALONE
-    assert statistics.mean(ours[0]) >= statistics.mean(theirs[0]) - 3 * error**0.5 - 0.02
+    assert statistics.mean(ours[0]) >= statistics.mean(theirs[0]) - 3 * error**0.5
     assert ours[1] <= max(0.3, 2 * theirs[1])  # bf16 logits of about 20 are multiples of 1/8
 
 
