@@ -227,4 +227,4 @@ def decode(
         rotation,
         (soft_cap or 0.0) * math.log2(math.e),
     )
-    kernel.launch(params, torch.cuda.current_stream(index).cuda_stream)
+    kernel.launch(kernel.grid, params, torch.cuda.current_stream(index).cuda_stream)

@@ -1,4 +1,4 @@
-"""The CUDA decode on the CPU: its own sources, compiled by the C++ compiler over an emulated warp."""
+"""The CUDA kernels on the CPU: their own sources, compiled by the C++ compiler over an emulated warp."""
 
 import ctypes
 import functools
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from vllm_turboquant.kernels.cuda import context
 from vllm_turboquant.kernels.cuda.launch import _Params
-from vllm_turboquant.kernels.cuda.variant import SOURCES, Tuning, Variant, padded_rows, source
+from vllm_turboquant.kernels.cuda.variant import Tuning, Variant, padded_rows, source
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 HERE = Path(__file__).parent
@@ -27,9 +28,10 @@ def folder():
 @functools.cache
 def compiled(variant):
     """The variant's ``run(params, blocks)``."""
-    parts = [(HERE / "emulator.h").read_text(), *(source(name) for name in SOURCES if name != "ptx")]
+    parts = [(HERE / "emulator.h").read_text(), *(source(name) for name in variant.sources if name != "ptx")]
     text = "\n".join([*parts, (HERE / "emulator.cc").read_text()])
-    options = [f"-D{name}={value}" for name, value in variant.macros().items()]
+    macros = {"SHARED_BYTES": "1"} | variant.macros() | {"ENTRY": variant.entry}
+    options = [f"-D{name}={value}" for name, value in macros.items()]
     name = hashlib.sha256(repr((text, options)).encode()).hexdigest()[:16]
     file, library = Path(folder(), f"{name}.cc"), Path(folder(), f"{name}.so")
     file.write_text(text)
@@ -85,3 +87,9 @@ def decode(
     assert not counters.any(), "counters are left zero"
     assert (out[tokens:] == 7).all(), "rows of no request are left alone"
     return out[:tokens]
+
+
+def load_context(cache, block_table, first, start_loc, longest, key, value, fmt):
+    """What `context.load_context` computes, on CPU tensors."""
+    variant, params, grid = context._arguments(cache, block_table, first, start_loc, longest, key, value, fmt)
+    compiled(variant)(ctypes.byref(params), grid)
