@@ -102,19 +102,24 @@ DEVICE void load_shared_16(u32 address, u32 *r) {
   asm volatile("{.reg .u16 x; ld.shared.u16 x,[%1]; cvt.u32.u16 %0,x;}" : "=r"(r[0]) : "r"(address));
 }
 
-// Bytes of pages, which no kernel writes while this one runs.
+// Bytes of pages, which no kernel writes while this one runs. As C++ vectors the compiler may split loads and stores.
 DEVICE void load_page_128(const u8 *p, u32 *r) {
-  uint4 x = __ldg((const uint4 *)p);
-  r[0] = x.x, r[1] = x.y, r[2] = x.z, r[3] = x.w;
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
 }
-DEVICE void load_page_64(const u8 *p, u32 *r) {
-  uint2 x = __ldg((const uint2 *)p);
-  r[0] = x.x, r[1] = x.y;
-}
-DEVICE void load_page_32(const u8 *p, u32 *r) { r[0] = __ldg((const u32 *)p); }
-DEVICE void load_page_16(const u8 *p, u32 *r) { r[0] = __ldg((const u16 *)p); }
 
-DEVICE void store_128(u16 *p, const u32 *r) { *(uint4 *)p = make_uint4(r[0], r[1], r[2], r[3]); }
+DEVICE void load_page_64(const u8 *p, u32 *r) {
+  asm volatile("ld.global.nc.v2.u32 {%0,%1},[%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(p));
+}
+
+DEVICE void load_page_32(const u8 *p, u32 *r) { asm volatile("ld.global.nc.u32 %0,[%1];" : "=r"(r[0]) : "l"(p)); }
+
+DEVICE void load_page_16(const u8 *p, u32 *r) {
+  asm volatile("{.reg .u16 x; ld.global.nc.u16 x,[%1]; cvt.u32.u16 %0,x;}" : "=r"(r[0]) : "l"(p));
+}
+
+DEVICE void store_128(u16 *p, const u32 *r) {
+  asm volatile("st.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(p), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
 
 DEVICE int lane_id() { return threadIdx.x & 31; }
 DEVICE int thread_id() { return threadIdx.x; }

@@ -271,10 +271,12 @@ def test_the_cuda_decode_leaves_its_counters_zero_and_repeats_itself(seed):
 
 @pytest.mark.parametrize("preset", (*PRESETS, LOSSLESS_PRESET))
 @pytest.mark.parametrize("head_size", (64, 80, 128, 256, 576))
-def test_context_is_decoded_into_the_models_basis(preset, head_size, seed):
+def test_context_is_decoded_into_the_models_basis(which, preset, head_size, seed):
+    from vllm_turboquant.kernels.cuda import context
     from vllm_turboquant.kernels.prefill import load_context
 
     fmt = page_format(preset, head_size)
+    skip_unsupported(which, fmt)
     batch = make_batch(fmt, [300], [1], 2, 1, 32, seed, device="cuda")
     turn = reference._rotate(torch.eye(head_size, dtype=torch.float64, device="cuda"), fmt, fmt.preset.key, 0).T
     keys, values = reference.load(batch.cache, batch.block_table[0, :10].long(), fmt)
@@ -283,6 +285,9 @@ def test_context_is_decoded_into_the_models_basis(preset, head_size, seed):
         first = torch.tensor(firsts, dtype=torch.int32, device="cuda")
         starts = torch.tensor([2, *counts], device="cuda").cumsum(0).to(torch.int32)
         total = 2 + sum(counts)
+        if which == "cuda":
+            assert context.prepare(batch.cache.device, fmt, 32, dtype)
+            load_context = context.load_context
         k, v = (torch.full((total + 3, 2, head_size), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
         load_context(batch.cache, batch.block_table.expand(5, -1), first, starts, max(counts), k, v, fmt)
         for mine, truth in ((k, keys), (v, values)):
