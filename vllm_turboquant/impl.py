@@ -72,8 +72,9 @@ class TurboQuantImpl(AttentionImpl):
         self.logits_soft_cap = logits_soft_cap or None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
-        # Page sizes for which warm-up found the CUDA decode usable; the portable one serves the others.
-        self.cuda_pages: set[int] = set()
+        # Page sizes for which warm-up found a CUDA kernel usable; the portable ones serve the others.
+        self.cuda_decode_pages: set[int] = set()
+        self.cuda_context_pages: set[int] = set()
         # Kept, because vLLM's model runners do not all set it around their dummy runs.
         self.vllm_config = get_current_vllm_config()
         _note_head_size(head_size)
@@ -199,7 +200,7 @@ class TurboQuantImpl(AttentionImpl):
         from .workspace import decode_scratch
 
         kv_heads, group = self.num_kv_heads, self.num_heads // self.num_kv_heads
-        if kv_cache.shape[2] in self.cuda_pages:
+        if kv_cache.shape[2] in self.cuda_decode_pages:
             kernel = launch.decode
             floats = launch.scratch_floats(group, self.head_size, max_query_len, query.device)
         else:

@@ -97,10 +97,13 @@ class _LayerPrefill:
         return lse
 
     def _load(self, requests: slice, first: torch.Tensor, start_loc: torch.Tensor, longest: int) -> None:
-        from .kernels.prefill import load_context
+        from .kernels import prefill as portable
+        from .kernels.cuda import context
 
+        kernel = context if self.cache.shape[2] in self.layer.cuda_context_pages else portable
         blocks = self.block_table[self.plan.first + requests.start : self.plan.first + requests.stop]
-        load_context(self.cache, blocks, first, start_loc, longest, self.context_key, self.context_value, self.layer.format)
+        out = self.context_key, self.context_value
+        kernel.load_context(self.cache, blocks, first, start_loc, longest, *out, self.layer.format)
 
     def own_tokens(self) -> torch.Tensor:
         plan = self.plan

@@ -8,7 +8,7 @@ import torch
 from vllm.config import VllmConfig
 
 from .impl import TurboQuantImpl, compressed_layers
-from .kernels.cuda.launch import prepare
+from .kernels.cuda import context, launch
 from .kernels.prefill import load_context
 from .kernels.store import store
 from .workspace import prefill_scratch
@@ -17,11 +17,11 @@ from .workspace import prefill_scratch
 def warm_up(
     vllm_config: VllmConfig, layer_names: Collection[str], block_size: int, max_query_len: int, device: torch.device
 ) -> None:
-    """Chooses each layer's decode and runs every kernel once for each kind of layer. Touches no page of the KV cache."""
+    """Chooses each layer's kernels and runs every kernel once for each kind of layer. Touches no page of the KV cache."""
     dtype = vllm_config.model_config.dtype
     seen: set[tuple[object, ...]] = set()
     for impl in compressed_layers(vllm_config, layer_names):
-        fast = prepare(
+        if launch.prepare(
             device,
             impl.format,
             block_size,
@@ -31,9 +31,10 @@ def warm_up(
             window=impl.sliding_window,
             soft_cap=impl.logits_soft_cap,
             sinks=None if impl.sinks is None else impl.sinks.dtype,
-        )
-        if fast:
-            impl.cuda_pages.add(block_size)
+        ):
+            impl.cuda_decode_pages.add(block_size)
+        if context.prepare(device, impl.format, block_size, dtype):
+            impl.cuda_context_pages.add(block_size)
         kind = (
             impl.preset,
             impl.num_heads,
@@ -57,8 +58,9 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
     slots = torch.zeros(1, dtype=torch.int64, device=device)
     store(key, value, cache, slots, fmt)
     table = torch.zeros(1, 16, dtype=torch.int32, device=device)
-    context_key, context_value, _ = prefill_scratch(1, heads, kv_heads, d, dtype)
     one = torch.ones(1, dtype=torch.int32, device=device)
     starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
-    load_context(cache, table, torch.zeros_like(one), starts, 1, context_key, context_value, fmt)
+    if block_size not in impl.cuda_context_pages:
+        context_key, context_value, _ = prefill_scratch(1, heads, kv_heads, d, dtype)
+        load_context(cache, table, torch.zeros_like(one), starts, 1, context_key, context_value, fmt)
     impl.decode(query, cache, table, one, starts, torch.empty(1, heads, d, dtype=dtype, device=device), max_query_len)

@@ -30,11 +30,19 @@ DEVICE void whole_levels(u32 word, const Levels &table, u32 *out) {
 
 DEVICE u32 shifted(u32 x, int by) { return by >= 0 ? x << by : x >> -by; }
 
+// A unit lies in shared memory, by its address there, or in a page, by pointer.
 template <int WORDS> DEVICE void load_words(u32 address, u32 *words) {
   if (WORDS == 4) load_shared_128(address, words);
   if (WORDS == 2) load_shared_64(address, words);
   if (WORDS == 1) load_shared_32(address, words);
 }
+template <int WORDS> DEVICE void load_words(const u8 *address, u32 *words) {
+  if (WORDS == 4) load_page_128(address, words);
+  if (WORDS == 2) load_page_64(address, words);
+  if (WORDS == 1) load_page_32(address, words);
+}
+DEVICE void load_half_word(u32 address, u32 *word) { load_shared_16(address, word); }
+DEVICE void load_half_word(const u8 *address, u32 *word) { load_page_16(address, word); }
 
 // ---- keys: lane (g, t) holds KEY_RUN consecutive dims of rows g and g + 8 in every panel of 128 dims
 
@@ -51,7 +59,7 @@ struct KeyRow {
 #endif
 };
 
-DEVICE void load_key_row(u32 unit, int row, int t, int panel, KeyRow &r) {
+template <typename Unit> DEVICE void load_key_row(Unit unit, int row, int t, int panel, KeyRow &r) {
 #if KEY_BITS == 4
   load_words<KEY_OCTETS>(unit + KEY0_BASE + panel * KEY0_PANEL + row * KEY0_TOKEN + t * (KEY_RUN / 2), r.words);
 #else
@@ -59,7 +67,7 @@ DEVICE void load_key_row(u32 unit, int row, int t, int panel, KeyRow &r) {
 #endif
 #if KEY_BITS == 3
   // A word of the 1-bit plane holds 32 dims: where a lane has 16, two lanes share it.
-  load_shared_32(unit + KEY1_BASE + panel * KEY1_PANEL + row * KEY1_TOKEN + t * KEY_RUN / 32 * 4, &r.top);
+  load_words<1>(unit + KEY1_BASE + panel * KEY1_PANEL + row * KEY1_TOKEN + t * KEY_RUN / 32 * 4, &r.top);
   r.top >>= t * KEY_RUN % 32 / 8;
 #endif
 }
@@ -103,12 +111,12 @@ struct ValueHalf {
 #endif
 };
 
-DEVICE void load_value_half(u32 unit, int lane, int half, ValueHalf &r) {
+template <typename Unit> DEVICE void load_value_half(Unit unit, int lane, int half, ValueHalf &r) {
 #if VALUE_BITS == 4
-  u32 base = unit + VALUE0_BASE;
+  Unit base = unit + VALUE0_BASE;
 #if D == 256
-  load_shared_128(base + (2 * half) * 512 + lane * 16, r.even);
-  load_shared_128(base + (2 * half + 1) * 512 + lane * 16, r.odd);
+  load_words<4>(base + (2 * half) * 512 + lane * 16, r.even);
+  load_words<4>(base + (2 * half + 1) * 512 + lane * 16, r.odd);
 #else
   u32 words[2 * VALUE_OCTETS];
   load_words<2 * VALUE_OCTETS>(base + half * (256 * VALUE_OCTETS) + lane * (8 * VALUE_OCTETS), words);
@@ -118,10 +126,10 @@ DEVICE void load_value_half(u32 unit, int lane, int half, ValueHalf &r) {
 #else
   load_words<D / 64>(unit + VALUE0_BASE + half * (2 * D) + lane * (D / 16), r.low);
 #if VALUE_BITS == 3
-  u32 top = unit + VALUE1_BASE + half * D + lane * (D / 32);
-  if (D == 256) load_shared_64(top, r.top);
-  if (D == 128) load_shared_32(top, r.top);
-  if (D == 64) load_shared_16(top, r.top);
+  Unit top = unit + VALUE1_BASE + half * D + lane * (D / 32);
+  if (D == 256) load_words<2>(top, r.top);
+  if (D == 128) load_words<1>(top, r.top);
+  if (D == 64) load_half_word(top, r.top);
 #endif
 #endif
 }

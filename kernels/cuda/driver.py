@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .nvrtc import CudaError, load_cubin
-from .variant import Variant
+from .variant import Program, Variant
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,44 @@ def _check(result: tuple[Any, ...], what: str) -> Any:
     return values[0] if values else None
 
 
-class Kernel:
-    """A loaded ``variant`` on one device. ``grid``: CTAs that run at once; the launch's size, whatever the batch."""
+_MIN_ARCH = 80  # asynchronous copies, bf16 MMAs
 
-    def __init__(self, variant: Variant, index: int) -> None:
+
+class Function:
+    """A loaded ``variant`` on one device. Raises CudaError where it cannot be built or loaded."""
+
+    def __init__(self, variant: Program, index: int) -> None:
         facts = device_facts(index)
+        if facts.arch < _MIN_ARCH:
+            raise CudaError(f"compute capability {facts.arch / 10} is below {_MIN_ARCH / 10}")
         cubin = load_cubin(variant, facts.arch)
         driver = _driver()
         with torch.cuda.device(index):
             torch.cuda.current_stream()
             torch.empty(1, device="cuda")  # the driver needs torch's context
             self._module = _check(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
-            self._function = _check(driver.cuModuleGetFunction(self._module, b"turboquant_decode"), "cuModuleGetFunction")
+            self._function = _check(driver.cuModuleGetFunction(self._module, variant.entry.encode()), "cuModuleGetFunction")
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuFuncSetAttribute(self._function, attribute, variant.shared_bytes), "cuFuncSetAttribute")
-            self._threads, self._shared = 32 * variant.tuning.warps, variant.shared_bytes
+        self._threads, self._shared = variant.threads, variant.shared_bytes
+        self._launch = driver.cuLaunchKernel
+
+    def launch(self, grid: int, params: ctypes.Structure, stream: int) -> None:
+        """Starts ``grid`` CTAs on ``stream``. ``params`` is copied by the driver. Raises CudaError."""
+        pointer = ctypes.c_void_p(ctypes.addressof(params))
+        _check(
+            self._launch(self._function, grid, 1, 1, self._threads, 1, 1, self._shared, stream, ctypes.addressof(pointer), 0),
+            "cuLaunchKernel",
+        )
+
+
+class Kernel(Function):
+    """A loaded decode. ``grid``: CTAs that run at once; the launch's size, whatever the batch."""
+
+    def __init__(self, variant: Variant, index: int) -> None:
+        super().__init__(variant, index)
+        driver = _driver()
+        with torch.cuda.device(index):
             ctas = _check(
                 driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, self._threads, self._shared),
                 "cuOccupancyMaxActiveBlocksPerMultiprocessor",
@@ -75,15 +98,4 @@ class Kernel:
         if ctas == 0:
             raise CudaError("the decode kernel does not fit this device")
         # More would not fit the scratch, which is planned before anything is compiled.
-        self.grid = facts.multiprocessors * min(ctas, variant.tuning.ctas)
-        self._launch = driver.cuLaunchKernel
-
-    def launch(self, params: ctypes.Structure, stream: int) -> None:
-        """Starts the kernel on ``stream``. ``params`` is copied by the driver. Raises CudaError."""
-        pointer = ctypes.c_void_p(ctypes.addressof(params))
-        _check(
-            self._launch(
-                self._function, self.grid, 1, 1, self._threads, 1, 1, self._shared, stream, ctypes.addressof(pointer), 0
-            ),
-            "cuLaunchKernel",
-        )
+        self.grid = device_facts(index).multiprocessors * min(ctas, variant.tuning.ctas)

@@ -14,13 +14,14 @@ from functools import cache
 import torch
 
 from ..format import PageFormat
+from ..tables import check_pages
 from .driver import Device, Kernel, device_facts
 from .nvrtc import CudaError
-from .variant import Tuning, Variant, padded_rows, supported
+from .variant import Options, Tuning, Variant, padded_rows, supported
 
 logger = logging.getLogger(__name__)
 
-_MIN_ARCH, _BULK_ARCH = 80, 90
+_BULK_ARCH = 90
 _RESERVED_SHARED = 1024  # bytes of each block that are the system's
 _MAX_GRID = 4096
 # (warps, stages, CTAs a multiprocessor), best first; the first that fits a device's shared memory is used. The second list
@@ -42,63 +43,20 @@ class _Params(ctypes.Structure):
     )
 
 
-def choose_variant(
-    facts: Device,
-    fmt: PageFormat,
-    block_size: int,
-    dtype: torch.dtype,
-    group: int,
-    max_query_len: int,
-    window: bool,
-    soft_cap: bool,
-    sink_bits: int,
-) -> Variant:
+def choose_variant(facts: Device, options: Options) -> Variant:
     """The kernel for these options on a device like ``facts``. Raises CudaError where none fits."""
-    rows = padded_rows(group, max_query_len)
-    wide = fmt.head_size == 256 or rows > 8
+    wide = options.fmt.head_size == 256 or options.rows > 8
     for warps, stages, ctas in _TUNINGS_WIDE if wide else _TUNINGS:
-        variant = Variant(
-            fmt,
-            block_size,
-            dtype == torch.bfloat16,
-            rows,
-            max_query_len > 1,
-            window,
-            soft_cap,
-            sink_bits,
-            Tuning(warps, stages, ctas, facts.arch >= _BULK_ARCH),
-        )
+        variant = Variant(options, Tuning(warps, stages, ctas, facts.arch >= _BULK_ARCH))
         fits = ctas * (variant.shared_bytes + _RESERVED_SHARED) <= facts.shared_per_multiprocessor
         if fits and variant.shared_bytes <= facts.shared_per_block:
             return variant
     raise CudaError(f"{facts.shared_per_block} bytes of shared memory are too few")
 
 
-def _sink_bits(sinks: torch.dtype | None) -> int:
-    return 0 if sinks is None else sinks.itemsize * 8
-
-
 @cache
-def _kernel(
-    index: int,
-    fmt: PageFormat,
-    block_size: int,
-    dtype: torch.dtype,
-    group: int,
-    max_query_len: int,
-    window: bool,
-    soft_cap: bool,
-    sink_bits: int,
-) -> Kernel:
-    facts = device_facts(index)
-    if facts.arch < _MIN_ARCH:
-        raise CudaError(f"compute capability {facts.arch / 10} is below {_MIN_ARCH / 10}")
-    return _load(index, choose_variant(facts, fmt, block_size, dtype, group, max_query_len, window, soft_cap, sink_bits))
-
-
-@cache
-def _load(index: int, variant: Variant) -> Kernel:
-    return Kernel(variant, index)
+def _kernel(index: int, options: Options) -> Kernel:
+    return Kernel(choose_variant(device_facts(index), options), index)
 
 
 @cache
@@ -147,7 +105,7 @@ def prepare(
         return False
     index = _index(device)
     try:
-        _kernel(index, fmt, block_size, dtype, group, max_query_len, bool(window), bool(soft_cap), _sink_bits(sinks))
+        _kernel(index, _options(fmt, block_size, dtype, group, max_query_len, window, soft_cap, sinks))
     except CudaError as error:
         _warn(str(error))
         return False
@@ -159,7 +117,21 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def decode(
+def _options(
+    fmt: PageFormat,
+    block_size: int,
+    dtype: torch.dtype,
+    group: int,
+    max_query_len: int,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: torch.dtype | None,
+) -> Options:
+    sink_bits = 0 if sinks is None else 8 * sinks.itemsize
+    return Options(fmt, block_size, dtype == torch.bfloat16, group, max_query_len, bool(window), bool(soft_cap), sink_bits)
+
+
+def _arguments(
     query: torch.Tensor,
     cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -167,39 +139,26 @@ def decode(
     query_start_loc: torch.Tensor,
     out: torch.Tensor,
     scratch: torch.Tensor,
+    counters: torch.Tensor,
     fmt: PageFormat,
     scale: float,
     max_query_len: int,
-    *,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> None:
-    """Attention of the last ``query_start_loc[r + 1] - query_start_loc[r]`` (at most ``max_query_len``) tokens of each request.
-
-    query, out: bf16 or fp16, both alike, ``[T, Hq, d]``; rows of requests are written, those of length 0 as zeros. cache:
-    uint8 ``[B, Hk, N, C]``. block_table: int32 ``[R, *]``; entries past a length or wholly before a window are never read.
-    seq_lens: int32 ``[R]``, query tokens included. query_start_loc: int32 ``[R + 1]``. scratch: fp32, at least
-    ``scratch_floats(...)`` elements, contents free. scale: above 0. sinks: ``[Hq]`` logits without a value. Raises CudaError
-    where `prepare` with the same options is False.
-    """
+    window: int | None,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
+) -> tuple[Options, _Params]:
+    """The kernel's options and parameters."""
     _, heads, d = query.shape
-    _, kv_heads, block_size, slot = cache.shape
+    _, kv_heads, block_size, _ = cache.shape
     group = heads // kv_heads
-    index = cache.device.index
-    assert supported(fmt, block_size, group, max_query_len) and scale > 0
-    assert slot == fmt.slot_bytes and d == fmt.head_size and query.dtype == out.dtype
-    assert cache.stride(3) == 1 and cache.stride(2) == slot and cache.stride(0) % 16 == 0 and cache.stride(1) % 16 == 0
-    assert cache.data_ptr() % 16 == 0 and query.stride(2) == 1 and out.stride(2) == 1 and block_table.stride(1) == 1
+    check_pages(cache, fmt, kv_heads)
+    assert supported(fmt, block_size, group, max_query_len) and scale > 0 and d == fmt.head_size
+    assert query.dtype == out.dtype and query.shape == out.shape and query.stride(2) == 1 and out.stride(2) == 1
     assert out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0 and out.stride(1) % 2 == 0
-    assert seq_lens.is_contiguous() and query_start_loc.is_contiguous()
-    assert block_table.dtype == seq_lens.dtype == query_start_loc.dtype == torch.int32
+    assert block_table.stride(1) == 1 and seq_lens.is_contiguous() and query_start_loc.is_contiguous()
+    assert block_table.dtype == seq_lens.dtype == query_start_loc.dtype == counters.dtype == torch.int32
     assert scratch.dtype == torch.float32 and scratch.data_ptr() % 16 == 0 and scratch.is_contiguous()
-    assert scratch.numel() >= scratch_floats(group, d, max_query_len, cache.device)
     assert sinks is None or (sinks.is_contiguous() and sinks.dtype in (torch.float32, query.dtype))
-    sink_bits = _sink_bits(sinks.dtype if sinks is not None else None)
-    kernel = _kernel(index, fmt, block_size, query.dtype, group, max_query_len, bool(window), bool(soft_cap), sink_bits)
-    counters = _counters(index)
     rotation = 1 / math.sqrt(d)
     params = _Params(
         query.data_ptr(),
@@ -227,4 +186,51 @@ def decode(
         rotation,
         (soft_cap or 0.0) * math.log2(math.e),
     )
-    kernel.launch(params, torch.cuda.current_stream(index).cuda_stream)
+    sinks_dtype = None if sinks is None else sinks.dtype
+    return _options(fmt, block_size, query.dtype, group, max_query_len, window, soft_cap, sinks_dtype), params
+
+
+def decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+    fmt: PageFormat,
+    scale: float,
+    max_query_len: int,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Attention of the last ``query_start_loc[r + 1] - query_start_loc[r]`` (at most ``max_query_len``) tokens of each request.
+
+    query, out: bf16 or fp16, both alike, ``[T, Hq, d]``; rows of requests are written, those of length 0 as zeros. cache:
+    uint8 ``[B, Hk, N, C]``. block_table: int32 ``[R, *]``; entries past a length or wholly before a window are never read.
+    seq_lens: int32 ``[R]``, query tokens included. query_start_loc: int32 ``[R + 1]``. scratch: fp32, at least
+    ``scratch_floats(...)`` elements, contents free. scale: above 0. sinks: ``[Hq]`` logits without a value. Raises CudaError
+    where `prepare` with the same options is False.
+    """
+    index = cache.device.index
+    options, params = _arguments(
+        query,
+        cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        out,
+        scratch,
+        _counters(index),
+        fmt,
+        scale,
+        max_query_len,
+        window,
+        soft_cap,
+        sinks,
+    )
+    assert scratch.numel() >= scratch_floats(options.group, fmt.head_size, max_query_len, cache.device)
+    kernel = _kernel(index, options)
+    kernel.launch(kernel.grid, params, torch.cuda.current_stream(index).cuda_stream)

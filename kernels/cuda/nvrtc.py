@@ -7,14 +7,14 @@ import os
 import tempfile
 from pathlib import Path
 
-from .variant import Variant, source
+from .variant import Program, source
 
 # No header is included and fp32 stays IEEE where the sources do not say otherwise.
 _OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--disable-warnings")
 
 
 class CudaError(RuntimeError):
-    """The CUDA decode cannot be built or started here; the message says why."""
+    """A CUDA kernel cannot be built or started here; the message says why."""
 
 
 def cache_folder() -> Path:
@@ -23,7 +23,7 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(root)) / "turboquant" / "cubin"
 
 
-def compile_cubin(variant: Variant, arch: int, extra: tuple[str, ...] = ()) -> tuple[bytes, str]:
+def compile_cubin(variant: Program, arch: int, extra: tuple[str, ...] = ()) -> tuple[bytes, str]:
     """Compiles ``variant`` for ``sm_<arch>``, past any cache. Returns the cubin and the compiler's log.
 
     Raises CudaError where NVRTC is missing or refuses.
@@ -34,7 +34,7 @@ def compile_cubin(variant: Variant, arch: int, extra: tuple[str, ...] = ()) -> t
         ok = nvrtc.nvrtcResult.NVRTC_SUCCESS
         options = [*_OPTIONS, f"--gpu-architecture=sm_{arch}", *extra]
         options += [f"-D{name}={value}" for name, value in variant.macros().items()]
-        status, program = nvrtc.nvrtcCreateProgram(source().encode(), b"turboquant_decode.cu", 0, [], [])
+        status, program = nvrtc.nvrtcCreateProgram(source(*variant.sources).encode(), f"{variant.entry}.cu".encode(), 0, [], [])
     except (ImportError, OSError, RuntimeError) as error:  # a missing libnvrtc shows at the first call
         raise CudaError(f"NVRTC is not usable: {error}") from error
     if status != ok:
@@ -46,7 +46,7 @@ def compile_cubin(variant: Variant, arch: int, extra: tuple[str, ...] = ()) -> t
         nvrtc.nvrtcGetProgramLog(program, log)
         text = log.rstrip(b"\0 \n").decode(errors="replace")
         if status != ok:
-            raise CudaError(f"NVRTC does not compile the decode kernel for sm_{arch}: {status.name}\n{text}")
+            raise CudaError(f"NVRTC does not compile {variant.entry} for sm_{arch}: {status.name}\n{text}")
         _, size = nvrtc.nvrtcGetCUBINSize(program)
         cubin = b" " * size
         nvrtc.nvrtcGetCUBIN(program, cubin)
@@ -65,12 +65,12 @@ def _version() -> str:
     return f"{major}.{minor}"
 
 
-def load_cubin(variant: Variant, arch: int) -> bytes:
+def load_cubin(variant: Program, arch: int) -> bytes:
     """The cubin of ``variant``, from the disk cache if it is there. Raises CudaError as :func:`compile_cubin` does.
 
     A cache that cannot be written costs time, not correctness.
     """
-    key = repr((source(), sorted(variant.macros().items()), _OPTIONS, arch, _version()))
+    key = repr((source(*variant.sources), sorted(variant.macros().items()), _OPTIONS, arch, _version()))
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
     try:
         return path.read_bytes()

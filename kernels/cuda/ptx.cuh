@@ -1,4 +1,4 @@
-// The machine: every PTX instruction and warp primitive that the decode kernel uses. The tests replace this file by an
+// The machine: every PTX instruction and warp primitive that the kernels use. The tests replace this file by an
 // emulation of the same functions on the CPU, so nothing else may touch the hardware.
 
 typedef unsigned char u8;
@@ -100,6 +100,25 @@ DEVICE void load_shared_32(u32 address, u32 *r) { asm volatile("ld.shared.u32 %0
 
 DEVICE void load_shared_16(u32 address, u32 *r) {
   asm volatile("{.reg .u16 x; ld.shared.u16 x,[%1]; cvt.u32.u16 %0,x;}" : "=r"(r[0]) : "r"(address));
+}
+
+// Bytes of pages, which no kernel writes while this one runs. As C++ vectors the compiler may split loads and stores.
+DEVICE void load_page_128(const u8 *p, u32 *r) {
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
+}
+
+DEVICE void load_page_64(const u8 *p, u32 *r) {
+  asm volatile("ld.global.nc.v2.u32 {%0,%1},[%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(p));
+}
+
+DEVICE void load_page_32(const u8 *p, u32 *r) { asm volatile("ld.global.nc.u32 %0,[%1];" : "=r"(r[0]) : "l"(p)); }
+
+DEVICE void load_page_16(const u8 *p, u32 *r) {
+  asm volatile("{.reg .u16 x; ld.global.nc.u16 x,[%1]; cvt.u32.u16 %0,x;}" : "=r"(r[0]) : "l"(p));
+}
+
+DEVICE void store_128(u16 *p, const u32 *r) {
+  asm volatile("st.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(p), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
 DEVICE int lane_id() { return threadIdx.x & 31; }

@@ -1,4 +1,4 @@
-"""Compile-time options of the CUDA decode, all from ``kernels.format`` and ``kernels.codebook``; asks no device."""
+"""Compile-time options of the CUDA kernels, all from ``kernels.format`` and ``kernels.codebook``; asks no device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 from ..codebook import LEVELS
 from ..format import UNIT_TOKENS, PageFormat, Plane
@@ -20,6 +21,22 @@ MAX_GROUP = 16
 _PANEL = 128  # dims of K that share an MMA accumulator and a scale
 # In the order in which they are joined.
 SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "score", "attend", "decode")
+CONTEXT_SOURCES = ("ptx", "codes", "unrotate", "context")
+
+
+class Program(Protocol):
+    """What NVRTC and the driver are given: sources in order, their one kernel's name, every ``-D``, the shape of a CTA."""
+
+    sources: ClassVar[tuple[str, ...]]
+    entry: ClassVar[str]
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def shared_bytes(self) -> int: ...
+
+    def macros(self) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -37,8 +54,8 @@ def padded_rows(group: int, max_query_len: int) -> int:
     return min(16, 1 << (group * max_query_len - 1).bit_length())
 
 
-def supported(fmt: PageFormat, block_size: int, group: int, max_query_len: int) -> bool:
-    """Whether the CUDA decode covers a format and shape: ``group`` query heads a KV head, pages of ``block_size`` tokens."""
+def supported_pages(fmt: PageFormat, block_size: int) -> bool:
+    """Whether the CUDA kernels read pages of this format and of ``block_size`` tokens."""
     key, value = fmt.preset.key, fmt.preset.value
     return (
         fmt.head_size in HEAD_SIZES
@@ -46,70 +63,131 @@ def supported(fmt: PageFormat, block_size: int, group: int, max_query_len: int) 
         and (key.bits, value.bits) in BITS
         and not key.sketch
         and block_size in BLOCK_SIZES
-        and 1 <= group <= MAX_GROUP
-        and 1 <= max_query_len <= MAX_QUERY_LEN
     )
 
 
+def supported(fmt: PageFormat, block_size: int, group: int, max_query_len: int) -> bool:
+    """Whether the CUDA decode covers a format and shape: ``group`` query heads a KV head, pages of ``block_size`` tokens."""
+    return supported_pages(fmt, block_size) and 1 <= group <= MAX_GROUP and 1 <= max_query_len <= MAX_QUERY_LEN
+
+
 @dataclass(frozen=True)
-class Variant:
-    """One compiled kernel. ``rows``: `padded_rows`; ``multi``: several query tokens a request, or a window."""
+class Options:
+    """What of a decode is compiled in. ``bf16``: of query and output, fp16 otherwise; ``sink_bits``: of a sink, 0 without."""
 
     fmt: PageFormat
     block_size: int
     bf16: bool
-    rows: int
-    multi: bool
-    window: bool
-    soft_cap: bool
-    sink_bits: int
+    group: int
+    max_query_len: int
+    window: bool = False
+    soft_cap: bool = False
+    sink_bits: int = 0
+
+    @property
+    def rows(self) -> int:
+        """`padded_rows`."""
+        return padded_rows(self.group, self.max_query_len)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled decode: all groups and query lengths of equal `rows` share it."""
+
+    sources: ClassVar[tuple[str, ...]] = SOURCES
+    entry: ClassVar[str] = "turboquant_decode"
+
+    options: Options
     tuning: Tuning
 
     @property
     def mma_rows(self) -> int:
         """Rows that a CTA really holds: large heads leave registers for 8."""
-        return min(self.rows, 8) if self.fmt.head_size == 256 else self.rows
+        return min(self.options.rows, 8) if self.options.fmt.head_size == 256 else self.options.rows
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.tuning.warps
 
     @property
     def shared_bytes(self) -> int:
-        t, d = self.tuning, self.fmt.head_size
-        ring = t.warps * t.stages * 2 * self.fmt.unit_bytes
+        t, fmt = self.tuning, self.options.fmt
+        d = fmt.head_size
+        ring = t.warps * t.stages * 2 * fmt.unit_bytes
         parts = t.warps * min(self.mma_rows, 8) * (d + 2) * 4
         columns = 16 if self.mma_rows > 8 else 8
         return ring + parts + columns * (2 * d + 8) + t.warps * t.stages * 8 + 16
 
     def macros(self) -> dict[str, str]:
         """Every ``-D`` of the sources."""
-        fmt, t = self.fmt, self.tuning
+        o, t = self.options, self.tuning
         values: dict[str, int | str] = {
-            "D": fmt.head_size,
-            "KEY_BITS": fmt.preset.key.bits,
-            "VALUE_BITS": fmt.preset.value.bits,
             "ROWS": self.mma_rows,
             "WARPS": t.warps,
             "STAGES": t.stages,
             "MIN_CTAS": t.ctas,
             "MIN_UNITS": 8,
             "BULK": int(t.bulk),
-            "INPUT_BF16": int(self.bf16),
-            "MULTI": int(self.multi or self.window),
-            "WINDOW": int(self.window),
-            "SOFT_CAP": int(self.soft_cap),
-            "SINK_BITS": self.sink_bits,
-            "SUB_SHIFT": (self.block_size // UNIT_TOKENS).bit_length() - 1,
-            "UNIT_BYTES": fmt.unit_bytes,
+            "INPUT_BF16": int(o.bf16),
+            "MULTI": int(o.max_query_len > 1 or o.window),
+            "WINDOW": int(o.window),
+            "SOFT_CAP": int(o.soft_cap),
+            "SINK_BITS": o.sink_bits,
             "SHARED_BYTES": self.shared_bytes,
-            "SCALE_BASE": fmt.scalar_base,
-            "SCALE_GROUP_BYTES": fmt.scalar_offset(0, 1, 0) - fmt.scalar_offset(0, 0, 0),
-            "SIGNS": ",".join(sign_words(fmt.head_size)),
-            "KEY_LEVELS": level_table(fmt.preset.key.bits, half),
-            "VALUE_LEVELS": level_table(fmt.preset.value.bits, bfloat if self.bf16 else half),
+            "VALUE_LEVELS": level_table(o.fmt.preset.value.bits, bfloat if o.bf16 else half),
         }
-        for i, plane in enumerate(fmt.key_planes):
-            values |= {f"KEY{i}_{name}": offset for name, offset in key_strides(plane).items()}
-        for i, plane in enumerate(fmt.value_planes):
-            values[f"VALUE{i}_BASE"] = plane.offset
-        return {name: str(value) for name, value in values.items()}
+        return page_macros(o.fmt, o.block_size) | {name: str(value) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class ContextVariant:
+    """One compiled context loader. ``bf16``: of the workspaces, fp16 otherwise."""
+
+    sources: ClassVar[tuple[str, ...]] = CONTEXT_SOURCES
+    entry: ClassVar[str] = "turboquant_context"
+    warps: ClassVar[int] = 4  # half of them for keys
+
+    fmt: PageFormat
+    block_size: int
+    bf16: bool
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def shared_bytes(self) -> int:
+        return 0
+
+    def macros(self) -> dict[str, str]:
+        """Every ``-D`` of the sources."""
+        values: dict[str, int | str] = {
+            "WARPS": self.warps,
+            "MIN_CTAS": 4 if self.fmt.head_size == 256 else 5,  # what their registers allow
+            "OUTPUT_BF16": int(self.bf16),
+            "VALUE_LEVELS": level_table(self.fmt.preset.value.bits, half),
+        }
+        return page_macros(self.fmt, self.block_size) | {name: str(value) for name, value in values.items()}
+
+
+def page_macros(fmt: PageFormat, block_size: int) -> dict[str, str]:
+    """The layout of pages, the rotation's signs and the levels of keys, which every kernel is compiled for."""
+    values: dict[str, int | str] = {
+        "D": fmt.head_size,
+        "KEY_BITS": fmt.preset.key.bits,
+        "VALUE_BITS": fmt.preset.value.bits,
+        "SUB_SHIFT": (block_size // UNIT_TOKENS).bit_length() - 1,
+        "UNIT_BYTES": fmt.unit_bytes,
+        "SCALE_BASE": fmt.scalar_base,
+        "SCALE_GROUP_BYTES": fmt.scalar_offset(0, 1, 0) - fmt.scalar_offset(0, 0, 0),
+        "SIGNS": ",".join(sign_words(fmt.head_size)),
+        "KEY_LEVELS": level_table(fmt.preset.key.bits, half),
+    }
+    for i, plane in enumerate(fmt.key_planes):
+        values |= {f"KEY{i}_{name}": offset for name, offset in key_strides(plane).items()}
+    for i, plane in enumerate(fmt.value_planes):
+        values[f"VALUE{i}_BASE"] = plane.offset
+    return {name: str(value) for name, value in values.items()}
 
 
 def key_strides(plane: Plane) -> dict[str, int]:
@@ -154,11 +232,11 @@ def sign_words(head_size: int) -> Iterator[str]:
 
 
 @cache
-def source(name: str | None = None) -> str:
-    """The sources joined, each under its own name in the compiler's messages; or only ``name``."""
+def source(*names: str) -> str:
+    """The sources joined, each under its own name in the compiler's messages."""
     folder = Path(__file__).parent
     parts = []
-    for part in SOURCES if name is None else (name,):
-        file = folder / f"{part}.{'cu' if part == 'decode' else 'cuh'}"
+    for part in names:
+        file = folder / f"{part}.{'cu' if part in ('decode', 'context') else 'cuh'}"
         parts.append(f'#line 1 "{file.name}"\n{file.read_text()}')
     return "\n".join(parts)

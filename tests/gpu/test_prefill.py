@@ -41,12 +41,19 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("head_size", (64, 128, 256))
 @pytest.mark.parametrize(
-    ("preset", "inexact"), [("turboquant", False), ("turboquant", True), ("turboquant-k8v4", False)], ids=str
+    ("preset", "loader", "inexact"),
+    [
+        ("turboquant", "cuda", False),
+        ("turboquant", "cuda", True),
+        ("turboquant", "portable", True),
+        ("turboquant-k8v4", "portable", False),
+    ],
 )
-def test_mixed_batch(workspace, preset, inexact, head_size, option, seed):
+def test_mixed_batch(workspace, preset, loader, inexact, head_size, option, seed):
     """``inexact``: the host believes in more older tokens than there are, as with a draft model; scratch starts as NaN."""
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
+    from vllm_turboquant.kernels.cuda import context as cuda
     from vllm_turboquant.plan import PrefillPlan
     from vllm_turboquant.prefill import attend_prefill
     from vllm_turboquant.workspace import prefill_scratch
@@ -57,6 +64,8 @@ def test_mixed_batch(workspace, preset, inexact, head_size, option, seed):
     def normal(*shape):
         return torch.randn(*shape, generator=g, device="cuda").to(torch.bfloat16)
 
+    if loader == "cuda":
+        assert cuda.prepare(torch.device("cuda", torch.cuda.current_device()), fmt, BLOCK, torch.bfloat16)
     window, sinks = OPTIONS[option].get("window"), OPTIONS[option].get("sinks")
     layer = SimpleNamespace(
         num_heads=HEADS,
@@ -68,6 +77,7 @@ def test_mixed_batch(workspace, preset, inexact, head_size, option, seed):
         logits_soft_cap=OPTIONS[option].get("soft_cap"),
         sinks=normal(HEADS) if sinks else None,
         flash_attention=get_flash_attn_version(head_size=head_size),
+        cuda_context_pages={BLOCK} if loader == "cuda" else set(),
     )
     tokens = sum(QUERIES)
     query, key, value = normal(tokens, HEADS, head_size), normal(tokens, KV_HEADS, head_size), normal(tokens, KV_HEADS, head_size)

@@ -83,8 +83,8 @@ def test_default_preset_survives_and_compiles_nothing_while_serving(servers, smo
         return {(file.parent.name, file.stem) for place in places for file in Path(place).rglob("*.cubin")}
 
     before = compiled()
-    assert {"_store_kernel", "_load_context_kernel"} <= {kernel for _, kernel in before}
-    assert any(folder == "cubin" for folder, _ in before)
+    assert "_store_kernel" in {kernel for _, kernel in before}
+    assert len([kernel for folder, kernel in before if folder == "cubin"]) == 2, "decode and context loader"
     shares, _ = burst(server, [story(rng, rng.randrange(5, 140)) for _ in range(CONCURRENT)])
     print(f"turboquant: {statistics.mean(shares):.3f} of tokens as alone")
     late = compiled() - before

@@ -3,7 +3,7 @@
 static const Params *launched;
 
 static void thread_main() {
-  turboquant_decode(*launched);
+  ENTRY(*launched);
   machine::done[machine::current] = true;
 }
 

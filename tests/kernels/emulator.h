@@ -164,6 +164,20 @@ DEVICE void load_shared_64(u32 address, u32 *r) { load_shared(address, r, 8); }
 DEVICE void load_shared_32(u32 address, u32 *r) { load_shared(address, r, 4); }
 DEVICE void load_shared_16(u32 address, u32 *r) { load_shared(address, r, 2); }
 
+DEVICE void load_page(const u8 *p, u32 *r, int bytes) {
+  if ((u64)p % bytes) abort();
+  r[0] = 0;
+  memcpy(r, p, bytes);
+}
+DEVICE void load_page_128(const u8 *p, u32 *r) { load_page(p, r, 16); }
+DEVICE void load_page_64(const u8 *p, u32 *r) { load_page(p, r, 8); }
+DEVICE void load_page_32(const u8 *p, u32 *r) { load_page(p, r, 4); }
+DEVICE void load_page_16(const u8 *p, u32 *r) { load_page(p, r, 2); }
+DEVICE void store_128(u16 *p, const u32 *r) {
+  if ((u64)p % 16) abort();
+  memcpy(p, r, 16);
+}
+
 DEVICE float load_remote(const float *p) { return *p; }
 DEVICE void load_remote_128(const float *p, float *r) { memcpy(r, p, 16); }
 DEVICE void load_remote_64(const float *p, float *r) { memcpy(r, p, 8); }

@@ -7,9 +7,19 @@ import pytest
 import torch
 
 from vllm_turboquant.kernels.codebook import LEVELS
-from vllm_turboquant.kernels.cuda import launch, nvrtc
+from vllm_turboquant.kernels.cuda import context, launch, nvrtc
 from vllm_turboquant.kernels.cuda.driver import Device
-from vllm_turboquant.kernels.cuda.variant import BITS, HEAD_SIZES, bfloat, half, key_strides, sign_words, supported
+from vllm_turboquant.kernels.cuda.variant import (
+    BITS,
+    HEAD_SIZES,
+    ContextVariant,
+    Options,
+    bfloat,
+    half,
+    key_strides,
+    sign_words,
+    supported,
+)
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, UNIT_TOKENS, page_format
 from vllm_turboquant.kernels.rotation import hadamard, rotation
 
@@ -22,7 +32,7 @@ DEVICES = {
     100: Device(100, 148, 233472, 232448),
     120: Device(120, 170, 102400, 101376),
 }
-PLAIN = (False, False, 0)
+PLAIN = ()  # no window, soft cap or sinks
 
 
 def families():
@@ -43,8 +53,7 @@ def families():
 def test_compiles(arch, preset, head_size, bf16, group, query_len, options):
     pytest.importorskip("cuda.bindings.nvrtc")
     fmt = page_format(preset, head_size)
-    dtype = torch.bfloat16 if bf16 else torch.float16
-    variant = launch.choose_variant(DEVICES[arch], fmt, 32, dtype, group, query_len, *options)
+    variant = launch.choose_variant(DEVICES[arch], Options(fmt, 32, bf16, group, query_len, *options))
     cubin, log = nvrtc.compile_cubin(variant, arch, ("--ptxas-options=-v",))
     assert cubin.startswith(b"\x7fELF")
     ((stores, loads),) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -53,6 +62,18 @@ def test_compiles(arch, preset, head_size, bf16, group, query_len, options):
     allowed = 0 if strict else 192
     assert int(stores) <= allowed and int(loads) <= allowed, log
     print(f"sm_{arch} {preset} d={head_size}: {variant.tuning}, {stores} + {loads} bytes spilled")
+
+
+@pytest.mark.parametrize("preset", COVERED)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("arch", DEVICES)
+def test_the_context_loader_compiles_without_spills(arch, head_size, preset):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    for bf16 in (True, False) if preset == "turboquant" else (True,):
+        variant = ContextVariant(page_format(preset, head_size), 32, bf16)
+        cubin, log = nvrtc.compile_cubin(variant, arch, ("--ptxas-options=-v",))
+        assert cubin.startswith(b"\x7fELF")
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log, log
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
@@ -80,7 +101,7 @@ def test_strides_are_the_formats(preset, head_size):
                     if 2 * eighth > 16:
                         inside = (2 * part + odd) * 512 + lane * 16 + byte
                     assert plane.offset + inside == plane.byte_offset(token, g * eighth + byte)
-    macros = launch.choose_variant(DEVICES[90], fmt, 16, torch.bfloat16, 4, 1, *PLAIN).macros()
+    macros = launch.choose_variant(DEVICES[90], Options(fmt, 16, True, 4, 1)).macros()
     for token in range(UNIT_TOKENS):
         for group in range(fmt.groups):
             for kind in range(2):
@@ -113,18 +134,21 @@ def test_supported():
     assert not supported(page_format(LOSSLESS_PRESET, 128), 16, 4, 1)
 
 
-def test_parameters_mirror_the_struct():
-    assert ctypes.sizeof(launch._Params) == 16 * 8 + 8 * 4
-    text = nvrtc.source("params")
+@pytest.mark.parametrize(
+    ("file", "mirror", "size"), (("params", launch._Params, 16 * 8 + 8 * 4), ("context", context._Params, 11 * 8 + 2 * 4))
+)
+def test_parameters_mirror_the_struct(file, mirror, size):
+    assert ctypes.sizeof(mirror) == size
+    text = nvrtc.source(file)
     body = re.sub(r"//[^\n]*", "", text[text.index("struct Params {") + 15 : text.index("};")])
     names = [name.strip(" *\n") for line in body.split(";") for name in re.sub(r"^\s*(const )?\w+ ", "", line).split(",")]
-    assert [name for name in names if name] == [name for name, _ in launch._Params._fields_]
+    assert [name for name in names if name] == [name for name, _ in mirror._fields_]
 
 
 def test_cubins_are_kept(tmp_path, monkeypatch):
     pytest.importorskip("cuda.bindings.nvrtc")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    variant = launch.choose_variant(DEVICES[90], page_format("turboquant", 64), 16, torch.bfloat16, 1, 1, *PLAIN)
+    variant = launch.choose_variant(DEVICES[90], Options(page_format("turboquant", 64), 16, True, 1, 1))
     cubin = nvrtc.load_cubin(variant, 90)
     (file,) = (tmp_path / "turboquant" / "cubin").iterdir()
     assert file.read_bytes() == cubin
@@ -142,4 +166,21 @@ def test_a_machine_without_nvrtc_says_so_once(monkeypatch, caplog):
     assert not launch.prepare(*arguments) and not launch.prepare(*arguments)
     assert [record.message for record in caplog.records] == [
         "The CUDA decode is not used, the slower portable one is: NVRTC is not usable: gone"
+    ]
+
+
+def test_so_does_the_context_loader(monkeypatch, caplog):
+    def missing(*_):
+        raise nvrtc.CudaError("NVRTC is not usable: gone")
+
+    context._warn.cache_clear()
+    monkeypatch.setattr(context, "_function", missing)
+    card, fmt = torch.device("cuda", 0), page_format("turboquant", 128)
+    assert not context.prepare(card, fmt, 16, torch.bfloat16) and not context.prepare(card, fmt, 16, torch.bfloat16)
+    # Not covered, so nothing to warn of.
+    assert not context.prepare(card, fmt, 16, torch.float32) and not context.prepare(card, fmt, 48, torch.bfloat16)
+    assert not context.prepare(torch.device("cpu"), fmt, 16, torch.bfloat16)
+    assert not context.prepare(card, page_format("turboquant-k8v4", 128), 16, torch.bfloat16)
+    assert [record.message for record in caplog.records] == [
+        "The CUDA context loader is not used, the slower portable one is: NVRTC is not usable: gone"
     ]
