@@ -123,17 +123,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
       const u32 begin = heads * s.before + s.head * s.request.units;
       Partials partials = {p.partial, begin / share.quota, (begin + s.request.units - 1) / share.quota, false};
       partials.inside = begin != partials.first * share.quota;
-      publish();
       sync_block();
       // One counter a CTA is enough: at most one shared (request, head) begins in each.
       if (thread_id() == 0) {
         int *counter = p.counters + partials.first;
-        *last = atomic_increment(counter) == (int)(partials.last - partials.first);
+        *last = arrive(counter) == (int)(partials.last - partials.first);
         if (*last) *counter = 0;
       }
       sync_block();
       if (*last) {
-        publish();
 #pragma unroll 1
         for (int n = 0; n < TILES; n++) {
           fold_partials(partials, parts, n * 8, warp, lane);

@@ -145,8 +145,12 @@ DEVICE void load_remote_64(const float *p, float *r) {
   float2 x = __ldcg((const float2 *)p);
   r[0] = x.x, r[1] = x.y;
 }
-DEVICE void publish() { __threadfence(); }
-DEVICE int atomic_increment(int *p) { return atomicAdd(p, 1); }
+// Adds 1 and returns what was there. What this CTA wrote before its last sync_block is visible to a CTA that sees the sum.
+DEVICE int arrive(int *p) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0,[%1],1;" : "=r"(before) : "l"(p) : "memory");
+  return before;
+}
 
 DEVICE void barrier_init(u32 barrier) { asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(barrier)); }
 

@@ -238,3 +238,17 @@ def test_the_cuda_decode_leaves_its_counters_zero_and_repeats_itself(seed):
     outs = [kernel("cuda", batch, torch.bfloat16, 1, 0.1) for _ in range(20)]
     assert all(torch.equal(out, outs[0]) for out in outs)
     assert not launch._counters(torch.cuda.current_device()).any()
+
+
+def test_cards_without_bulk_copies(monkeypatch, seed):
+    """The copies that cards before compute capability 9.0 make, on whatever card this is."""
+    from vllm_turboquant.kernels.cuda import launch
+
+    cases = [("turboquant", 128, 4, 1), ("turboquant-k3v3", 64, 8, 2), ("turboquant", 256, 7, 1)]
+    batches = [make_batch(page_format(p, d), LENGTHS, [q] * 12, 2, group, 32, seed, device="cuda") for p, d, group, q in cases]
+    expected = [kernel("cuda", batch, torch.bfloat16, q, 0.1) for batch, (*_, q) in zip(batches, cases, strict=True)]
+    monkeypatch.setattr(launch, "_BULK_ARCH", 1000)
+    launch._kernel.cache_clear()
+    outs = [kernel("cuda", batch, torch.bfloat16, q, 0.1) for batch, (*_, q) in zip(batches, cases, strict=True)]
+    launch._kernel.cache_clear()
+    assert all(torch.equal(out, bulk) for out, bulk in zip(outs, expected, strict=True))

@@ -1,0 +1,92 @@
+"""Every kernel on small awkward shapes, for NVIDIA's compute-sanitizer; results are checked elsewhere.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no python -m tests.gpu.sanitize
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python -m tests.gpu.sanitize cuda copies
+
+``copies``: the CUDA decode as cards without bulk copies run it. Without torch's caching every tensor is an allocation of its
+own, so that a byte beyond its end is an error. Pools and tables are made on the CPU: what runs under the tool is this
+project's kernels and copies.
+"""
+
+import sys
+from dataclasses import replace
+from itertools import product
+
+import torch
+
+from vllm_turboquant.kernels import decode, prefill, store
+from vllm_turboquant.kernels.combine import plan_decode
+from vllm_turboquant.kernels.cuda import context, launch
+from vllm_turboquant.kernels.cuda.variant import supported, supported_pages
+from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
+
+from ..kernels.oracle import make_batch
+
+LENGTHS = [1, 16, 33, 0, 700]
+BF16 = torch.bfloat16
+BULK_ARCH = launch._BULK_ARCH
+
+
+def cases():
+    """(format, group, query tokens a request, options): every preset; head sizes, groups and options of the default one."""
+    for preset in (*PRESETS, LOSSLESS_PRESET):
+        yield page_format(preset, 128), 4, 1, {}
+    for head_size, (group, query_len) in product((64, 80, 256), ((4, 1), (7, 3))):
+        yield page_format("turboquant", head_size), group, query_len, {}
+    for options in ({"window": 40}, {"soft_cap": 5.0}, {"sinks": torch.zeros(8)}):
+        yield page_format("turboquant", 128), 4, 2, options
+
+
+def on_card(batch):
+    """The batch with its pages where the last one ends with the allocation."""
+    cache = batch.cache.contiguous().cuda()
+    tensors = {name: getattr(batch, name).cuda() for name in ("block_table", "seq_lens", "query_start_loc")}
+    return replace(batch, cache=cache, query=batch.query.to(BF16).cuda(), **tensors)
+
+
+def run_decode(kernel, batch, group, query_len, options):
+    requests, (tokens, heads, d), device = len(LENGTHS), batch.query.shape, batch.cache.device
+    options = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    if kernel != "portable":
+        described = {name: x.dtype if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        assert launch.prepare(device, batch.fmt, 32, BF16, group, query_len, **described)
+        run, floats = launch.decode, launch.scratch_floats(group, d, query_len, device)
+    else:
+        run, floats = decode.decode, plan_decode(requests, tokens, heads, 2, d, query_len).floats
+    scratch = torch.empty(floats, device=device)
+    tables = batch.block_table, batch.seq_lens, batch.query_start_loc
+    run(batch.query, batch.cache, *tables, torch.empty_like(batch.query), scratch, batch.fmt, 0.1, query_len, **options)
+
+
+def run_context(load_context, batch):
+    first, starts = (torch.tensor(x, dtype=torch.int32).cuda() for x in ([0, 3, 31, 0, 17], [0, 1, 14, 16, 16, 699]))
+    sides = [torch.empty(699, 2, batch.fmt.head_size, dtype=BF16, device="cuda") for _ in range(2)]
+    load_context(batch.cache, batch.block_table, first, starts, 683, *sides, batch.fmt)
+
+
+def main():
+    kernels = sys.argv[1:] or ["cuda", "copies", "portable"]
+    torch.cuda.init()
+    for fmt, group, query_len, options in cases():
+        queries = [min(query_len, length) for length in LENGTHS]
+        batch = on_card(make_batch(fmt, LENGTHS, queries, 2, group, 32, 0))
+        for kernel in kernels:
+            if kernel == "portable":
+                slots = torch.arange(5, dtype=torch.int64).cuda() * 7 + batch.cache.shape[0] * 32 - 29
+                rows = [torch.randn(5, 2, fmt.head_size).to(BF16).cuda() for _ in range(2)]
+                store.store(*rows, batch.cache, slots, fmt)
+                run_context(prefill.load_context, batch)
+            elif kernel == "cuda" and supported_pages(fmt, 32):
+                assert context.prepare(batch.cache.device, fmt, 32, BF16)
+                run_context(context.load_context, batch)
+            launch._BULK_ARCH = 1000 if kernel == "copies" else BULK_ARCH
+            launch._kernel.cache_clear()
+            if kernel == "portable" or supported(fmt, 32, group, query_len):
+                run_decode(kernel, batch, group, query_len, options)
+            torch.cuda.synchronize()
+            print(f"ran: {kernel}, {fmt.preset.name} d={fmt.head_size} group {group} query tokens {query_len} {list(options)}")
+    assert not any(counter.any() for counter in [launch._counters(torch.cuda.current_device())])
+
+
+if __name__ == "__main__":
+    main()
