@@ -14,7 +14,7 @@ def _rotate_group(
     x, live, matrix, D: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, SIGNS: tl.constexpr, PRE: tl.constexpr, group
 ):
     """fp32 [BT, GP]: PRE * (R x) on the dims of one group. x: pointers [BT] to the vectors' first element."""
-    BK: tl.constexpr = 16 if D % 32 else 32
+    BK: tl.constexpr = 64 if D % 64 == 0 else 32 if D % 32 == 0 else 16
     column = group * GROUP + tl.arange(0, GP)
     inside = (tl.arange(0, GP) < GROUP)[None, :]
     acc = tl.zeros([live.shape[0], GP], tl.float32)
@@ -32,18 +32,14 @@ def _rotate_group(
 
 
 @triton.jit
-def _quantise(a, factor, inside, levels, COUNT: tl.constexpr):
+def _quantise(a, factor, inside, LEVELS: tl.constexpr, COUNT: tl.constexpr):
     """Index and level of magnitudes ``a / factor``; level 0 outside the group."""
-    m = a / factor
     index = tl.zeros(a.shape, tl.int32)
-    below = tl.load(levels)
-    level = tl.zeros(a.shape, tl.float32) + below
+    level = tl.zeros(a.shape, tl.float32) + LEVELS[0]
     for i in tl.static_range(1, COUNT):
-        above = tl.load(levels + i)
-        up = m > (below + above) * 0.5
+        up = a > factor * ((LEVELS[i - 1] + LEVELS[i]) * 0.5)
         index += up.to(tl.int32)
-        level = tl.where(up, above, level)
-        below = above
+        level = tl.where(up, LEVELS[i], level)
     return index, tl.where(inside, level, 0.0)
 
 
@@ -97,11 +93,10 @@ def store_side(
     table,
     scalars,
     norms,
-    levels,
-    candidates,
     group,
     BITS: tl.constexpr,
     SKETCH: tl.constexpr,
+    LEVELS: tl.constexpr,
     PER_SIGMA: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
@@ -137,14 +132,14 @@ def store_side(
             a = a / tl.where(top > 0, unit_level, 1.0)[:, None]
             best = tl.zeros(top.shape, tl.float32) - 1.0
             factor = tl.zeros(top.shape, tl.float32) + 1.0
-            for c in tl.static_range(CANDIDATES):
-                trial = tl.load(candidates + c)
-                _, level = _quantise(a, trial, inside, levels, COUNT)
-                dot = tl.sum(a * level, axis=1)
-                score = dot * dot / tl.sum(level * level, axis=1)
-                factor = tl.where(score > best, trial, factor)
+            for c in tl.static_range(len(CANDIDATES)):
+                _, level = _quantise(a, CANDIDATES[c], inside, LEVELS, COUNT)
+                # Both sums in one reduction: each is a barrier of the program.
+                dot, norm = tl.split(tl.sum(tl.join(a * level, level * level), axis=1))
+                score = dot * dot / norm
+                factor = tl.where(score > best, CANDIDATES[c], factor)
                 best = tl.maximum(score, best)
-            index, level = _quantise(a, factor[:, None], inside, levels, COUNT)
+            index, level = _quantise(a, factor[:, None], inside, LEVELS, COUNT)
             dot = tl.sum(a * level, axis=1)
             # |y|^2 / <y, c>, in the units that were divided out
             stored = energy / tl.where(top > 0, dot * unit_level, 1.0) * (safe * (1.0 / PRE))

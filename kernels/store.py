@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from .codebook import LEVELS_PER_SIGMA, SCALE_CANDIDATES
+from .codebook import LEVELS, LEVELS_PER_SIGMA, SCALE_CANDIDATES
 from .encode import store_side
 from .format import PageFormat
 from .rotation import ROTATION_SEED, sketch_matrix
@@ -34,14 +34,11 @@ def _store_kernel(
     cache,
     matrix,
     sketch,
-    candidates,
     key_table,
     key_scalars,
     key_norms,
-    key_levels,
     value_table,
     value_scalars,
-    value_levels,
     tokens,
     key_stride_token,
     key_stride_head,
@@ -51,8 +48,10 @@ def _store_kernel(
     cache_stride_head,
     KEY_BITS: tl.constexpr,
     KEY_SKETCH: tl.constexpr,
+    KEY_LEVELS: tl.constexpr,
     KEY_PER_SIGMA: tl.constexpr,
     VALUE_BITS: tl.constexpr,
+    VALUE_LEVELS: tl.constexpr,
     VALUE_PER_SIGMA: tl.constexpr,
     K0: tl.constexpr,
     K1: tl.constexpr,
@@ -83,22 +82,20 @@ def _store_kernel(
     if tl.program_id(2) == 0:
         x = key + t * key_stride_token + head * key_stride_head
         store_side(
-            x, unit, token, live, matrix, sketch, key_table, key_scalars, key_norms, key_levels, candidates, group,
-            KEY_BITS, KEY_SKETCH, KEY_PER_SIGMA, K0, K1, K2, D, GROUP, GP, CANDIDATES, SIGNS, PRE,
+            x, unit, token, live, matrix, sketch, key_table, key_scalars, key_norms, group,
+            KEY_BITS, KEY_SKETCH, KEY_LEVELS, KEY_PER_SIGMA, K0, K1, K2, D, GROUP, GP, CANDIDATES, SIGNS, PRE,
         )  # fmt: skip
     else:
         x = value + t * value_stride_token + head * value_stride_head
         store_side(
-            x, unit, token, live, matrix, sketch, value_table, value_scalars, value_scalars, value_levels, candidates, group,
-            VALUE_BITS, False, VALUE_PER_SIGMA, V0, V1, V2, D, GROUP, GP, CANDIDATES, SIGNS, PRE,
+            x, unit, token, live, matrix, sketch, value_table, value_scalars, value_scalars, group,
+            VALUE_BITS, False, VALUE_LEVELS, VALUE_PER_SIGMA, V0, V1, V2, D, GROUP, GP, CANDIDATES, SIGNS, PRE,
         )  # fmt: skip
 
 
 @cache
-def _constants(
-    fmt: PageFormat, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-    """Rotation (as +-1 where that is exact), Algorithm 2's S, scale candidates; and whether the rotation is +-1."""
+def _constants(fmt: PageFormat, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Rotation (as +-1 where that is exact), Algorithm 2's S; and whether the rotation is +-1."""
     # Triton's interpreter multiplies bf16 operands wrongly; there the fp32 product serves.
     exact = (torch.float16,) if isinstance(_store_kernel, InterpretedFunction) else (torch.bfloat16, torch.float16)
     signs = fmt.head_size & (fmt.head_size - 1) == 0 and dtype in exact
@@ -106,8 +103,7 @@ def _constants(
     if signs:
         matrix = matrix.sign().to(dtype)
     s = sketch_matrix(fmt.scale_group, ROTATION_SEED) if fmt.preset.key.sketch else torch.zeros(1, 1)
-    candidates = torch.tensor(SCALE_CANDIDATES, dtype=torch.float32, device=device)
-    return matrix.contiguous(), s.to(device=device, dtype=torch.float32).contiguous(), candidates, signs
+    return matrix.contiguous(), s.to(device=device, dtype=torch.float32).contiguous(), signs
 
 
 def store(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor, fmt: PageFormat) -> None:
@@ -122,26 +118,29 @@ def store(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapp
     tokens = slot_mapping.shape[0]
     if tokens == 0:
         return
-    matrix, sketch, candidates, signs = _constants(fmt, cache.device, key.dtype)
+    matrix, sketch, signs = _constants(fmt, cache.device, key.dtype)
+    arguments = page_arguments(cache, fmt)
+    del arguments["key_levels"], arguments["value_levels"]  # compiled in
     _store_kernel[(triton.cdiv(tokens, _TOKENS), heads * fmt.groups, 2)](
         key,
         value,
         slot_mapping,
         matrix=matrix,
         sketch=sketch,
-        candidates=candidates,
         tokens=tokens,
         key_stride_token=key.stride(0),
         key_stride_head=key.stride(1),
         value_stride_token=value.stride(0),
         value_stride_head=value.stride(1),
+        KEY_LEVELS=LEVELS.get(fmt.preset.key.bits, (0.0,)),
         KEY_PER_SIGMA=LEVELS_PER_SIGMA.get(fmt.preset.key.bits, 1.0),
+        VALUE_LEVELS=LEVELS.get(fmt.preset.value.bits, (0.0,)),
         VALUE_PER_SIGMA=LEVELS_PER_SIGMA.get(fmt.preset.value.bits, 1.0),
         GP=next_power_of_2(fmt.scale_group),
         BT=_TOKENS,
-        CANDIDATES=len(SCALE_CANDIDATES),
+        CANDIDATES=SCALE_CANDIDATES,
         SIGNS=signs,
         PRE=1.0 if key.dtype == torch.float16 else _PRESCALE,
         num_warps=4,
-        **page_arguments(cache, fmt),
+        **arguments,
     )

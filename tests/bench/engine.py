@@ -5,7 +5,7 @@
     python -m tests.bench.engine --memory auto turboquant     peak memory beside the KV cache against context
 
 Appends a row a dtype to results/engine_<card>.jsonl, or memory_<card>.jsonl. Prefill and decode of B requests of L tokens are
-told apart by running 1 and 65 output tokens. A dtype named twice is started twice: the second finds warm kernel caches.
+told apart by running 1 and 65 output tokens, each time the median of some runs. A dtype named twice is started twice: the second finds warm kernel caches.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any
 
 from .rows import append_row
 
-SHAPES = ((48, 8192), (1, 32768))
+SHAPES = ((48, 8192, 1), (1, 32768, 5))  # requests, tokens of a prompt, runs
 OUTPUT_TOKENS = 65
 MAX_REQUESTS = 256
 CONTEXTS = (8192, 131000)  # tokens of the one request whose memory is watched
@@ -77,8 +78,10 @@ def measure(dtype: str, full: bool) -> dict[str, object]:
         "capacity_tokens": cache.num_gpu_blocks * cache.block_size,
         "start_s": round(start_s, 1),
     }
-    for batch, length in SHAPES:
-        prefill, whole = generate(llm, batch, length, 1), generate(llm, batch, length, OUTPUT_TOKENS)
+    for batch, length, runs in SHAPES:
+        prefill, whole = (
+            statistics.median(generate(llm, batch, length, tokens) for _ in range(runs)) for tokens in (1, OUTPUT_TOKENS)
+        )
         tpot_ms = (whole - prefill) / (OUTPUT_TOKENS - 1) * 1e3
         row[f"B{batch}_L{length}"] = {"prefill_s": round(prefill, 2), "tpot_ms": round(tpot_ms, 2)}
     if full:
