@@ -5,7 +5,8 @@
     python -m tests.bench.engine --memory auto turboquant     peak memory beside the KV cache against context
 
 Appends a row a dtype to results/engine_<card>.jsonl, or memory_<card>.jsonl. Prefill and decode of B requests of L tokens are
-told apart by running 1 and 65 output tokens, each time the median of some runs. A dtype named twice is started twice: the second finds warm kernel caches.
+told apart by running 1 and 65 output tokens, medians of some runs each. A dtype named twice is started twice: the second
+finds warm kernel caches.
 """
 
 from __future__ import annotations
