@@ -42,15 +42,16 @@ def compile_cubin(variant: Program, arch: int, extra: tuple[str, ...] = ()) -> t
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        log = b" " * size
+        # NVRTC writes into what it is given. bytes would be wrong: those of length 1 are shared by the whole interpreter.
+        log = bytearray(size)
         nvrtc.nvrtcGetProgramLog(program, log)
-        text = log.rstrip(b"\0 \n").decode(errors="replace")
+        text = log.rstrip(b"\0\n").decode(errors="replace")
         if status != ok:
             raise CudaError(f"NVRTC does not compile {variant.entry} for sm_{arch}: {status.name}\n{text}")
         _, size = nvrtc.nvrtcGetCUBINSize(program)
-        cubin = b" " * size
+        cubin = bytearray(size)
         nvrtc.nvrtcGetCUBIN(program, cubin)
-        return cubin, text
+        return bytes(cubin), text
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
