@@ -85,7 +85,7 @@ def main():
                 run_decode(kernel, batch, group, query_len, options)
             torch.cuda.synchronize()
             print(f"ran: {kernel}, {fmt.preset.name} d={fmt.head_size} group {group} query tokens {query_len} {list(options)}")
-    assert not any(counter.any() for counter in [launch._counters(torch.cuda.current_device())])
+    assert not launch._counters(torch.cuda.current_device()).any()
 
 
 if __name__ == "__main__":
