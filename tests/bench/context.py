@@ -14,12 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_turboquant.kernels import reference
 from vllm_turboquant.kernels.cuda import context
 from vllm_turboquant.kernels.format import DEFAULT_PRESET, page_format
 from vllm_turboquant.kernels.prefill import load_context
-from vllm_turboquant.kernels.rotation import rotation
 
+from ..gpu.shadow import cached
 from .decode import H100_BYTES_PER_SECOND, milliseconds, random_pages
 from .rows import append_row
 
@@ -68,10 +67,7 @@ def calls(shape: Shape) -> tuple[Callable[[], None], Callable[[], None]]:
     run_ours()
     run_portable()
     checked = min(longest, 256)
-    turn = rotation(shape.head_size).cuda()
-    for side in range(2):
-        truth = reference.load(cache, table[-1, : -(-(FIRST + checked) // shape.page)].long(), fmt)[side]
-        expected = truth[FIRST : FIRST + checked] @ turn
+    for side, expected in enumerate(cached(cache, table[-1], FIRST, FIRST + checked, fmt)):
         got = ours[side][-longest:][:checked].double()
         error = float((got - expected).norm() / expected.norm())
         assert error < 2**-8.5, f"{shape}: relative error {error}"

@@ -14,13 +14,13 @@ from itertools import product
 
 import torch
 
-from vllm_turboquant.kernels import decode, prefill, store
-from vllm_turboquant.kernels.combine import plan_decode
+from vllm_turboquant.kernels import prefill, store
 from vllm_turboquant.kernels.cuda import context, launch
 from vllm_turboquant.kernels.cuda.variant import supported, supported_pages
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 
 from ..kernels.oracle import make_batch
+from .decodes import prepared
 
 LENGTHS = [1, 16, 33, 0, 700]
 BF16 = torch.bfloat16
@@ -44,16 +44,9 @@ def on_card(batch):
     return replace(batch, cache=cache, query=batch.query.to(BF16).cuda(), **tensors)
 
 
-def run_decode(kernel, batch, group, query_len, options):
-    requests, (tokens, heads, d), device = len(LENGTHS), batch.query.shape, batch.cache.device
+def run_decode(kernel, batch, query_len, options):
     options = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    if kernel != "portable":
-        described = {name: x.dtype if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-        assert launch.prepare(device, batch.fmt, 32, BF16, group, query_len, **described)
-        run, floats = launch.decode, launch.scratch_floats(group, d, query_len, device)
-    else:
-        run, floats = decode.decode, plan_decode(requests, tokens, heads, 2, d, query_len).floats
-    scratch = torch.empty(floats, device=device)
+    run, scratch = prepared("portable" if kernel == "portable" else "cuda", batch, BF16, query_len, **options)
     tables = batch.block_table, batch.seq_lens, batch.query_start_loc
     run(batch.query, batch.cache, *tables, torch.empty_like(batch.query), scratch, batch.fmt, 0.1, query_len, **options)
 
@@ -82,7 +75,7 @@ def main():
             launch._BULK_ARCH = 1000 if kernel == "copies" else BULK_ARCH
             launch._kernel.cache_clear()
             if kernel == "portable" or supported(fmt, 32, group, query_len):
-                run_decode(kernel, batch, group, query_len, options)
+                run_decode(kernel, batch, query_len, options)
             torch.cuda.synchronize()
             print(f"ran: {kernel}, {fmt.preset.name} d={fmt.head_size} group {group} query tokens {query_len} {list(options)}")
     assert not launch._counters(torch.cuda.current_device()).any()

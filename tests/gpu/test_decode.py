@@ -10,6 +10,7 @@ from vllm_turboquant.kernels.cuda.variant import supported
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 
 from ..kernels.oracle import make_batch
+from .decodes import prepared
 from .shadow import attend, cached
 
 pytestmark = pytest.mark.gpu
@@ -25,25 +26,6 @@ def which(request):
 def skip_unsupported(which, fmt):
     if which == "cuda" and not supported(fmt, 32, 4, 1):
         pytest.skip("the portable decode alone covers this format")
-
-
-def prepared(which, batch, dtype, max_query_len, **options):
-    """The kernel's decode and its scratch, full of NaN. The CUDA decode must be usable: a fallback is a failure here."""
-    from vllm_turboquant.kernels.combine import plan_decode
-    from vllm_turboquant.kernels.cuda import launch
-    from vllm_turboquant.kernels.decode import decode
-
-    tokens, heads, d = batch.query.shape
-    kv_heads, block_size = batch.cache.shape[1:3]
-    device = torch.device("cuda", torch.cuda.current_device())
-    if which == "cuda":
-        if "sinks" in options:
-            options["sinks"] = options["sinks"].dtype
-        assert launch.prepare(device, batch.fmt, block_size, dtype, heads // kv_heads, max_query_len, **options)
-        decode, floats = launch.decode, launch.scratch_floats(heads // kv_heads, d, max_query_len, device)
-    else:
-        floats = plan_decode(batch.seq_lens.shape[0], tokens, heads, kv_heads, d, max_query_len).floats
-    return decode, torch.full((floats,), float("nan"), device="cuda")
 
 
 def kernel(which, batch, dtype, max_query_len, scale, **options):

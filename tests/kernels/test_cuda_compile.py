@@ -164,7 +164,7 @@ def test_the_compilers_empty_log_goes_into_memory_of_its_own():
     """Into a shared object of one byte, it once turned spaces of other output into NULs."""
     pytest.importorskip("cuda.bindings.nvrtc")
     _, log = nvrtc.compile_cubin(ContextVariant(page_format("turboquant", 64), 16, True), 90)
-    assert log == "" and bytes(range(256))[32] == ord(bytes([32])) == 32
+    assert log == "" and ord(bytes([32])) == 32
 
 
 def test_a_machine_without_nvrtc_says_so_once(monkeypatch, caplog):
