@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from .basis import KeyBasis
 from .codec import decode_vectors, encode_vectors, to_e4m3
 from .format import PageFormat, Preset, VectorCodec, page_format, scale_group
 from .packing import pack_plane, read_tokens, unpack_plane, write_tokens
@@ -26,18 +27,38 @@ def _rotate(x: torch.Tensor, fmt: PageFormat, codec: VectorCodec, seed: int, inv
     return x @ (matrix if inverse else matrix.T)
 
 
+def _heads(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """``[T, Hk, ..., d]`` times each head's matrix, as rows: ``x_h M_h``."""
+    return torch.einsum("th...i,hij->th...j", x, matrices.to(device=x.device, dtype=x.dtype))
+
+
+def _turn_keys(key: torch.Tensor, fmt: PageFormat, seed: int, basis: KeyBasis | None) -> torch.Tensor:
+    """Keys ``[T, Hk, d]`` as they are stored."""
+    if basis is None or fmt.preset.key.bits == 32:
+        return _rotate(key, fmt, fmt.preset.key, seed)
+    return _heads(key - basis.mean.to(device=key.device, dtype=key.dtype), basis.forward.mT)
+
+
+def _turn_queries(query: torch.Tensor, fmt: PageFormat, seed: int, basis: KeyBasis | None) -> torch.Tensor:
+    """Queries ``[T, Hk, G, d]`` as stored keys are read by them."""
+    if basis is None or fmt.preset.key.bits == 32:
+        return _rotate(query, fmt, fmt.preset.key, seed)
+    return _heads(query, basis.inverse)
+
+
 def _sketch(fmt: PageFormat, codec: VectorCodec, seed: int, device: torch.device) -> torch.Tensor | None:
     return sketch_matrix(fmt.scale_group, seed).to(device) if codec.sketch else None
 
 
 def _encode_side(
-    x: torch.Tensor, fmt: PageFormat, kind: str, odd: torch.Tensor, seed: int, scale: str
+    x: torch.Tensor, fmt: PageFormat, kind: str, odd: torch.Tensor, seed: int, scale: str, basis: KeyBasis | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Vectors ``[T, H, d]`` to the bytes of the side's planes and the side's fp16 scalars ``[T, H, groups]``."""
     codec, planes = fmt.sides[kind]
     if codec.bits == 32:
         return [x.to(torch.float32).contiguous().view(torch.uint8)], []
-    y = _rotate(x.to(torch.float64), fmt, codec, seed)
+    x = x.to(torch.float64)
+    y = _turn_keys(x, fmt, seed, basis) if kind == "key" else _rotate(x, fmt, codec, seed)
     if codec.bits == 8:
         return [to_e4m3(y)], []
     codes, scalars = encode_vectors(y, codec, fmt.scale_group, _sketch(fmt, codec, seed, x.device), scale)
@@ -50,13 +71,14 @@ def store(
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     fmt: PageFormat,
+    basis: KeyBasis | None = None,
     seed: int = ROTATION_SEED,
     scale: str = "unbiased",
 ) -> None:
     """Encodes tokens into their slots; writes exactly the bytes that those tokens own and reads no page.
 
     key, value: floating ``[T', H, d]`` with T' >= T. cache: uint8 ``[B, H, N, C]`` with ``[N, C]`` contiguous per (block,
-    head). slot_mapping: int ``[T]``; negative slots are skipped.
+    head). slot_mapping: int ``[T]``; negative slots are skipped. basis: of the keys, the plain rotation without.
     """
     live = (slot_mapping >= 0).nonzero().squeeze(-1)
     slots = slot_mapping[live].to(torch.int64)
@@ -64,7 +86,7 @@ def store(
     parts: list[torch.Tensor] = []
     scalars: dict[str, torch.Tensor] = {}
     for kind, x in (("key", key), ("value", value)):
-        raw, side = _encode_side(x[live], fmt, kind, odd, seed, scale)
+        raw, side = _encode_side(x[live], fmt, kind, odd, seed, scale, basis)
         parts += raw
         scalars |= zip((kind, "sketch_norm"), side, strict=False)
     parts += [scalars[kind].contiguous().view(torch.uint8) for kind in fmt.scalars]
@@ -78,7 +100,7 @@ def load(
     seed: int = ROTATION_SEED,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of whole blocks as the cache decodes them, **in the rotated basis**.
+    """Keys and values of whole blocks as the cache decodes them, **in the basis in which they are stored**.
 
     blocks: int64 ``[n]``. Returns two ``[n * N, H, d]`` in ``dtype``; float32 holds every level times scale exactly.
     """
@@ -100,6 +122,22 @@ def load(
         side = [scalars[kind], *([scalars["sketch_norm"]] if codec.sketch else [])]
         sides.append(decode_vectors(codes, side, codec, _sketch(fmt, codec, seed, cache.device), dtype))
     return sides[0], sides[1]
+
+
+def load_vectors(
+    cache: torch.Tensor,
+    blocks: torch.Tensor,
+    fmt: PageFormat,
+    basis: KeyBasis | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of whole blocks **in the model's own basis**: `load`, then the way back. basis: that of `store`."""
+    keys, values = load(cache, blocks, fmt, dtype=dtype)
+    if basis is None or fmt.preset.key.bits == 32:
+        keys = _rotate(keys, fmt, fmt.preset.key, ROTATION_SEED, inverse=True)
+    else:
+        keys = _heads(keys, basis.inverse.mT) + basis.mean.to(device=keys.device, dtype=dtype)
+    return keys, _rotate(values, fmt, fmt.preset.value, ROTATION_SEED, inverse=True)
 
 
 def _attend_rows(
@@ -145,6 +183,7 @@ def attend(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    basis: KeyBasis | None = None,
     seed: int = ROTATION_SEED,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
@@ -152,7 +191,8 @@ def attend(
 
     query: floating ``[T', Hq, d]``. block_table: int ``[R, >= blocks]``. seq_lens: int ``[R]``, the query tokens included.
     query_start_loc: int ``[R + 1]``. ``window``: a token sees itself and the ``window - 1`` before it. ``sinks``: ``[Hq]``
-    logits that take part in the softmax without a value. Returns ``[T', Hq, d]`` in ``dtype``; rows of no request and of
+    logits that take part in the softmax without a value. basis: that of `store`; one with a mean shifts all logits of a query
+    alike, which soft cap and sinks would see. Returns ``[T', Hq, d]`` in ``dtype``; rows of no request and of
     requests of length 0 are 0. Only blocks that a query token can see are read.
     """
     block_size, kv_heads = cache.shape[2], cache.shape[1]
@@ -172,7 +212,7 @@ def attend(
     if not requests:
         return out
     keys, values = load(cache, torch.cat(wanted), fmt, seed, dtype)
-    q = _rotate(query.to(dtype), fmt, fmt.preset.key, seed).view(tokens, kv_heads, heads // kv_heads, head_size)
+    q = _turn_queries(query.to(dtype).view(tokens, kv_heads, heads // kv_heads, head_size), fmt, seed, basis)
     base = 0
     for start, rows, length, blocks in requests:
         k, v = keys[base : base + length], values[base : base + length]
@@ -209,9 +249,9 @@ def roundtrip(
     blocks = -(-n // 16)
     cache = torch.zeros(blocks, 1, 16, fmt.slot_bytes, dtype=torch.uint8, device=x.device)
     vectors = x[:, None, :]
-    store(vectors, vectors, cache, torch.arange(n, device=x.device), fmt, seed, scale)
+    store(vectors, vectors, cache, torch.arange(n, device=x.device), fmt, seed=seed, scale=scale)
     keys, _ = load(cache, torch.arange(blocks, device=x.device), fmt, seed)
     return _rotate(keys[:n, 0], fmt, codec, seed, inverse=True).to(x.dtype)
 
 
-__all__ = ["attend", "load", "page_format", "roundtrip", "store"]
+__all__ = ["attend", "load", "load_vectors", "page_format", "roundtrip", "store"]

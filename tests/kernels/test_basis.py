@@ -1,0 +1,177 @@
+"""The key basis: its closed form against what it should minimise, and the reference's pages under it."""
+
+import math
+
+import pytest
+import torch
+
+from vllm_turboquant.kernels import reference
+from vllm_turboquant.kernels.basis import balanced_transform, key_basis
+from vllm_turboquant.kernels.format import PRESETS, page_format
+from vllm_turboquant.kernels.statistics import KeyStatistics
+
+HEADS, GROUP = 2, 3
+
+
+@pytest.fixture
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def spread(rng, *shape):
+    """Positive definite matrices ``[..., d, d]`` whose axes differ by up to 10,000 times in energy."""
+    vectors = torch.linalg.qr(torch.randn(*shape, shape[-1], generator=rng, dtype=torch.float64))[0]
+    values = (torch.rand(*shape, generator=rng, dtype=torch.float64) * math.log(1e4)).exp()
+    return vectors @ (values[..., None] * vectors.mT)
+
+
+def random_basis(rng, d):
+    return key_basis(balanced_transform(spread(rng, HEADS, d), spread(rng, HEADS, d)), torch.randn(HEADS, d, generator=rng) * 30)
+
+
+@pytest.mark.parametrize("d", [16, 64])
+def test_balanced_transform_minimises_the_predicted_error(rng, d):
+    ck, cq = spread(rng, d), spread(rng, d)
+
+    def error(a):
+        inverse = torch.linalg.inv(a)
+        return float((a @ ck @ a.mT).trace() * (inverse.mT @ cq @ inverse).trace())
+
+    best = balanced_transform(ck, cq, shrinkage=0.0)
+    assert torch.allclose(best, best.mT) and torch.linalg.eigvalsh(best).min() > 0
+    # Cauchy-Schwarz: no invertible matrix goes below (tr (Ck^1/2 Cq Ck^1/2)^1/2)^2.
+    bound = float(torch.linalg.eigvals(ck @ cq).real.sqrt().sum()) ** 2
+    assert error(best) == pytest.approx(bound, rel=1e-6)
+    for _ in range(20):
+        other = best + 1e-2 * best.norm() / d * torch.randn(d, d, generator=rng, dtype=torch.float64)
+        assert error(other) >= error(best) * (1 - 1e-9)
+    assert error(torch.eye(d, dtype=torch.float64)) > 1.5 * error(best)
+
+
+def test_equal_isotropic_moments_need_no_transform():
+    eye = torch.eye(32, dtype=torch.float64)
+    assert torch.allclose(balanced_transform(9 * eye, 9 * eye), eye)
+
+
+def test_unseen_directions_stay_invertible(rng):
+    x = torch.randn(5, 64, generator=rng, dtype=torch.float64)
+    basis = key_basis(balanced_transform((x.T @ x)[None], (x.T @ x)[None]), torch.zeros(1, 64))
+    product = (basis.forward.double() @ basis.inverse.double())[0]
+    assert (product - torch.eye(64, dtype=torch.float64)).abs().max() < 1e-4
+    dead = key_basis(balanced_transform(torch.zeros(1, 64, 64), torch.zeros(1, 64, 64)), torch.zeros(1, 64))
+    assert dead.forward.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "transform, mean",
+    [
+        (torch.full((1, 16, 16), math.nan), torch.zeros(1, 16)),
+        (torch.eye(16)[None], torch.full((1, 16), math.inf)),
+        (torch.zeros(1, 16, 16), torch.zeros(1, 16)),
+        (-torch.eye(16)[None], torch.zeros(1, 16)),
+    ],
+)
+def test_unusable_parts_are_refused(transform, mean):
+    with pytest.raises(ValueError, match="key transform"):
+        key_basis(transform, mean)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("d", [64, 128])
+def test_pages_under_a_basis_attend_as_their_decoded_vectors_do(rng, preset, d):
+    fmt, basis = page_format(preset, d), random_basis(rng, d)
+    length, blocks = 45, 3
+    key, value = (torch.randn(length, HEADS, d, generator=rng, dtype=torch.float64) for _ in range(2))
+    key = key + basis.mean
+    cache = torch.full((blocks, HEADS, 16, fmt.slot_bytes), 0xFF, dtype=torch.uint8)
+    reference.store(key, value, cache, torch.arange(length), fmt, basis)
+    cache[-1, :, length % 16 :] = 0
+    query = torch.randn(2, HEADS * GROUP, d, generator=rng, dtype=torch.float64)
+    table, lengths, starts = torch.arange(blocks)[None], torch.tensor([length]), torch.tensor([0, 2])
+    out = reference.attend(query, cache, table, lengths, starts, fmt, d**-0.5, basis=basis)
+    k, v = (x[:length].repeat_interleave(GROUP, 1) for x in reference.load_vectors(cache, torch.arange(blocks), fmt, basis))
+    scores = torch.einsum("qhd,lhd->hql", query, k) * d**-0.5
+    scores[:, 0, -1] = -math.inf
+    truth = torch.einsum("hql,lhd->qhd", scores.softmax(-1), v)
+    # The bases's float32 matrices are each other's inverse to 1e-7 of their condition, at most 1e4.
+    assert (out - truth).abs().max() < 1e-3 * truth.abs().max()
+
+
+def test_a_mean_costs_no_accuracy(rng):
+    """Keys with a constant far beyond their spread: the plain rotation spends its codes on the constant."""
+    d, fmt = 128, page_format("turboquant", 128)
+    eye = torch.eye(d).expand(HEADS, d, d)
+    mean = torch.randn(HEADS, d, generator=rng) * 100
+    key = torch.randn(32, HEADS, d, generator=rng) + mean
+    errors = []
+    for basis in (key_basis(eye, mean), None):
+        cache = torch.zeros(2, HEADS, 16, fmt.slot_bytes, dtype=torch.uint8)
+        reference.store(key, key, cache, torch.arange(32), fmt, basis)
+        errors.append(float(((reference.load_vectors(cache, torch.arange(2), fmt, basis)[0] - key) ** 2).mean()))
+    print("errors with and without mean", errors)
+    assert errors[0] < 0.0085 < 1 < errors[1]
+
+
+def rotary(d, position):
+    """Neox-style rotary embedding of one position as a matrix ``[d, d]``."""
+    angle = position * 100.0 ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2))
+    cos, sin = torch.diag(angle.cos()), torch.diag(angle.sin())
+    return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
+
+
+def test_turned_statistics_are_those_of_turned_vectors(rng):
+    d, tokens, shifts = 16, 50, (0, 7, 300)
+    query, key = (torch.randn(tokens, n, d, generator=rng, dtype=torch.float64) + 1 for n in (HEADS * GROUP, HEADS))
+    statistics, truth = KeyStatistics(HEADS, d, torch.device("cpu")), KeyStatistics(HEADS, d, torch.device("cpu"))
+    for part in (slice(0, 20), slice(20, tokens)):
+        statistics.add(query[part], key[part])
+    turns = [rotary(d, p) for p in shifts]
+    for turn in turns:
+        truth.add(query @ turn.T, key @ turn.T)
+    spread = statistics.spread(turns)
+    assert spread.tokens == truth.tokens == tokens * len(shifts)
+    for name in ("key_sum", "key_moment", "query_moment"):
+        # Of fp32 products of 50 tokens.
+        assert torch.allclose(getattr(spread, name), getattr(truth, name), rtol=1e-4, atol=1e-3), name
+
+
+def test_query_heads_belong_to_their_key_head(rng):
+    d = 16
+    query = torch.randn(40, HEADS * GROUP, d, generator=rng)
+    query[:, GROUP:] *= 10
+    statistics = KeyStatistics(HEADS, d, torch.device("cpu"))
+    statistics.add(query, torch.randn(40, HEADS, d, generator=rng))
+    sizes = statistics.query_moment.diagonal(dim1=-2, dim2=-1).sum(-1) / 40
+    assert sizes[0] == pytest.approx(GROUP * d, rel=0.3) and sizes[1] == pytest.approx(100 * GROUP * d, rel=0.3)
+
+
+def test_fitted_basis_carries_anisotropic_keys_better(rng):
+    """Logits of k3 codes: with mean, with transform, with both, and with neither."""
+    d, tokens = 64, 512
+    fmt = page_format("turboquant-k3v3", d)
+    root_k, root_q = spread(rng, HEADS, d), spread(rng, HEADS, d)
+    key = torch.einsum("hij,thj->thi", root_k, torch.randn(tokens, HEADS, d, generator=rng, dtype=torch.float64))
+    key = key / key.std() + 5 * torch.randn(HEADS, d, generator=rng)
+    query = torch.einsum("hij,thj->thi", root_q, torch.randn(tokens, HEADS, d, generator=rng, dtype=torch.float64))
+    statistics = KeyStatistics(HEADS, d, torch.device("cpu"))
+    statistics.add(query, key)
+    errors = {}
+    for centred in (True, False):
+        for balanced in (True, False):
+            basis = statistics.basis(centred=centred, balanced=balanced)
+            cache = torch.zeros(tokens // 16, HEADS, 16, fmt.slot_bytes, dtype=torch.uint8)
+            reference.store(key, key, cache, torch.arange(tokens), fmt, basis)
+            decoded = reference.load_vectors(cache, torch.arange(tokens // 16), fmt, basis)[0]
+            noise = torch.einsum("qhd,lhd->hql", query, decoded - key)
+            errors[centred, balanced] = float((noise - noise.mean(-1, keepdim=True)).square().mean())
+    print("logit errors by (centred, balanced)", errors)
+    assert errors[True, True] < 0.8 * errors[True, False] < 0.8 * errors[False, False]
+    assert errors[True, True] < 0.8 * errors[False, True]
+    assert not statistics.basis(centred=False).mean.any()
+
+
+def test_broken_sums_are_refused():
+    statistics = KeyStatistics(1, 16, torch.device("cpu"))
+    statistics.add(torch.ones(3, 1, 16), torch.full((3, 1, 16), math.inf))
+    with pytest.raises(ValueError, match="not finite"):
+        statistics.basis()
