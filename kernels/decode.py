@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .basis import KeyBasis
 from .combine import combine, plan_decode
 from .format import PageFormat
-from .tables import check_pages, next_power_of_2, page_arguments
-from .transform import rotation_matrix, sketch_rotation, transform_rows
+from .tables import check_pages, level_arguments, next_power_of_2, page_arguments
+from .transform import key_matrix, rotation_matrix, sketch_key_matrix, transform_rows
 from .vectors import codes_to_vectors, load_codes, load_scalars, token_units
 
 _ROWS = 64  # query rows a program holds at most
@@ -154,12 +155,14 @@ def decode(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    basis: KeyBasis | None = None,
 ) -> None:
     """Attention of the last ``query_start_loc[r + 1] - query_start_loc[r]`` (at most ``max_query_len``) tokens of each request.
 
     query: floating ``[T, Hq, d]``. cache: uint8 ``[B, Hk, N, C]``. block_table: int32 ``[R, *]``; entries past a length are
     never read. seq_lens: int32 ``[R]``, query tokens included. query_start_loc: int32 ``[R + 1]``. out: floating ``[T, Hq, d]``,
-    rows of requests are written. scratch: fp32, at least ``plan_decode(...).floats`` elements, contents free.
+    rows of requests are written. scratch: fp32, at least ``plan_decode(...).floats`` elements, contents free. basis: that of the
+    store, on the same device; without mean where there are sinks or a soft cap.
     """
     tokens, heads, d = query.shape
     kv_heads = cache.shape[1]
@@ -170,10 +173,9 @@ def decode(
     plan = plan_decode(requests, tokens, heads, kv_heads, d, max_query_len)
     sizes = [tokens * heads * d] * 3 + [plan.rows * d, plan.rows, plan.rows]
     q, q_sketch, rotated, partial, partial_max, partial_sum = scratch[: plan.floats].split(sizes)
-    rotation = rotation_matrix(fmt, cache.device)
-    transform_rows(query, q.view(query.shape), rotation, transpose=True)
+    transform_rows(query, q.view(query.shape), key_matrix(fmt, cache.device, basis), transpose=True)
     if fmt.preset.key.sketch:
-        transform_rows(query, q_sketch.view(query.shape), sketch_rotation(fmt, cache.device), transpose=True)
+        transform_rows(query, q_sketch.view(query.shape), sketch_key_matrix(fmt, cache.device, basis), transpose=True)
     dp, group = next_power_of_2(d), heads // kv_heads
     rows = group * max_query_len
     bm = min(_ROWS if dp <= 128 else 32 if dp <= 256 else 16, max(16, next_power_of_2(rows)))
@@ -203,6 +205,7 @@ def decode(
         num_warps=4 if dp <= 128 else 8,
         num_stages=1,
         **page_arguments(cache, fmt),
+        **level_arguments(cache, fmt),
     )
     combine(partial, partial_max, partial_sum, sinks, rotated, query_start_loc, seq_lens, plan)
-    transform_rows(rotated.view(query.shape), out, rotation, transpose=False)
+    transform_rows(rotated.view(query.shape), out, rotation_matrix(fmt, cache.device), transpose=False)

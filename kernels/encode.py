@@ -11,9 +11,19 @@ import triton.language as tl
 
 @triton.jit
 def _rotate_group(
-    x, live, matrix, D: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, SIGNS: tl.constexpr, PRE: tl.constexpr, group
+    x,
+    live,
+    matrix,
+    mean,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    GP: tl.constexpr,
+    SIGNS: tl.constexpr,
+    MEAN: tl.constexpr,
+    PRE: tl.constexpr,
+    group,
 ):
-    """fp32 [BT, GP]: PRE * (R x) on the dims of one group. x: pointers [BT] to the vectors' first element."""
+    """fp32 [BT, GP]: PRE * M (x - mean) on the dims of one group. x: pointers [BT] to the vectors' first element."""
     BK: tl.constexpr = 64 if D % 64 == 0 else 32 if D % 32 == 0 else 16
     column = group * GROUP + tl.arange(0, GP)
     inside = (tl.arange(0, GP) < GROUP)[None, :]
@@ -22,6 +32,8 @@ def _rotate_group(
         i = k + tl.arange(0, BK)
         a = tl.load(x[:, None] + i[None, :], mask=live[:, None], other=0.0)
         b = tl.load(matrix + column[None, :] * D + i[:, None], mask=inside, other=0.0)
+        if MEAN:
+            a = a.to(tl.float32) - tl.load(mean + i)[None, :]
         if SIGNS:  # entries +-1: products are exact in the input's own precision
             acc = tl.dot((a.to(tl.float32) * PRE).to(b.dtype), b, acc)
         else:
@@ -89,6 +101,7 @@ def store_side(
     token,
     live,
     matrix,
+    mean,
     sketch,
     table,
     scalars,
@@ -106,6 +119,7 @@ def store_side(
     GP: tl.constexpr,
     CANDIDATES: tl.constexpr,
     SIGNS: tl.constexpr,
+    MEAN: tl.constexpr,
     PRE: tl.constexpr,
 ):
     column = tl.arange(0, GP)
@@ -115,7 +129,7 @@ def store_side(
         raw = tl.load(source, mask=live[:, None] & inside, other=0.0).to(tl.float32)
         _store_words(raw.to(tl.int32, bitcast=True), unit, token, live, table, P0, GROUP, GP, group)
     else:
-        y = _rotate_group(x, live, matrix, D, GROUP, GP, SIGNS, PRE, group)
+        y = _rotate_group(x, live, matrix, mean, D, GROUP, GP, SIGNS, MEAN, PRE, group)
         broken = tl.sum((tl.abs(y) < float("inf")).to(tl.int32), axis=1) < GP
         if BITS == 8:
             bounded = tl.clamp(y, -448.0 * PRE, 448.0 * PRE) * (1.0 / PRE)

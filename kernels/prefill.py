@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .basis import KeyBasis
 from .format import PageFormat
-from .tables import check_pages, next_power_of_2, page_arguments
-from .transform import rotation_matrix, sketch_rotation
+from .tables import check_pages, level_arguments, next_power_of_2, page_arguments
+from .transform import key_matrix, rotation_matrix, sketch_key_matrix
 from .vectors import codes_to_vectors, load_codes, load_scalars, token_units
 
 
@@ -27,10 +28,12 @@ def _load_side(
     out_stride_head,
     matrix,
     sketch_matrix,
+    mean,
     table,
     scalars,
     norms,
     levels,
+    MEAN: tl.constexpr,
     BITS: tl.constexpr,
     SKETCH: tl.constexpr,
     P0: tl.constexpr,
@@ -59,6 +62,8 @@ def _load_side(
             if SKETCH:
                 m = tl.load(sketch_matrix + i[:, None] * D + c[None, :], mask=inside, other=0.0)
                 x += tl.dot(signs, m, input_precision="tf32")
+            if MEAN:
+                x += tl.load(mean + c, mask=c < D, other=0.0)[None, :]
             tl.store(target + c[None, :], x.to(out.dtype.element_ty), mask=live[:, None] & (c < D)[None, :])
 
 
@@ -71,8 +76,10 @@ def _load_context_kernel(
     first,
     start_loc,
     table_stride,
-    matrix,
+    key_matrix,
     sketch_matrix,
+    mean,
+    value_matrix,
     key_table,
     key_scalars,
     key_norms,
@@ -84,6 +91,7 @@ def _load_context_kernel(
     out_stride_head,
     cache_stride_block,
     cache_stride_head,
+    BASIS: tl.constexpr,
     KEY_BITS: tl.constexpr,
     KEY_SKETCH: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -110,14 +118,18 @@ def _load_context_kernel(
     block = tl.load(block_table + request.to(tl.int64) * table_stride + n // BLOCK_SIZE, mask=live, other=0)
     unit, token = token_units(cache, block, n, head, cache_stride_block, cache_stride_head, BLOCK_SIZE, UNIT_BYTES)
     if tl.program_id(2) % 2 == 0:
+        if BASIS:
+            key_matrix += head * D * D
+            sketch_matrix += head * D * D
+            mean += head * D
         _load_side(
-            key, unit, token, live, row, head, out_stride_token, out_stride_head, matrix, sketch_matrix,
-            key_table, key_scalars, key_norms, key_levels, KEY_BITS, KEY_SKETCH, K0, K1, K2, D, GROUP, DP, BN, BC,
+            key, unit, token, live, row, head, out_stride_token, out_stride_head, key_matrix, sketch_matrix, mean,
+            key_table, key_scalars, key_norms, key_levels, BASIS, KEY_BITS, KEY_SKETCH, K0, K1, K2, D, GROUP, DP, BN, BC,
         )  # fmt: skip
     else:
         _load_side(
-            value, unit, token, live, row, head, out_stride_token, out_stride_head, matrix, sketch_matrix,
-            value_table, value_scalars, value_scalars, value_levels, VALUE_BITS, False, V0, V1, V2, D, GROUP, DP, BN, BC,
+            value, unit, token, live, row, head, out_stride_token, out_stride_head, value_matrix, value_matrix, mean,
+            value_table, value_scalars, value_scalars, value_levels, False, VALUE_BITS, False, V0, V1, V2, D, GROUP, DP, BN, BC,
         )  # fmt: skip
 
 
@@ -130,12 +142,14 @@ def load_context(
     key: torch.Tensor,
     value: torch.Tensor,
     fmt: PageFormat,
+    basis: KeyBasis | None = None,
 ) -> None:
     """Decodes one range of tokens a request: ``first[r], first[r] + 1, ...`` into rows ``start_loc[r] .. start_loc[r + 1] - 1``.
 
     cache: uint8 ``[B, H, N, C]``. block_table: int32 ``[R, *]``, last dim contiguous. first: int32 ``[R]``. start_loc: int32 ``[R
     + 1]``. Both are read on the device, where lengths are exact; ``longest`` is the host's bound of a range. key, value:
-    floating ``[rows, H, d]`` of equal strides, last dim contiguous; written in the model's basis.
+    floating ``[rows, H, d]`` of equal strides, last dim contiguous; written in the model's basis. basis: that of the store, on
+    the same device.
     """
     heads, d = key.shape[1:]
     check_pages(cache, fmt, heads)
@@ -144,7 +158,7 @@ def load_context(
     requests = first.shape[0]
     if longest <= 0 or requests == 0:
         return
-    rotation = rotation_matrix(fmt, cache.device)
+    keys = key_matrix(fmt, cache.device, basis)
     dp = next_power_of_2(d)
     bn = 64 if dp <= 128 else 32 if dp <= 256 else 16
     _load_context_kernel[(triton.cdiv(longest, bn), heads, 2 * requests)](
@@ -154,8 +168,11 @@ def load_context(
         first=first,
         start_loc=start_loc,
         table_stride=block_table.stride(0),
-        matrix=rotation,
-        sketch_matrix=sketch_rotation(fmt, cache.device) if fmt.preset.key.sketch else rotation,
+        key_matrix=keys,
+        sketch_matrix=sketch_key_matrix(fmt, cache.device, basis) if fmt.preset.key.sketch else keys,
+        mean=keys if basis is None else basis.mean,
+        value_matrix=rotation_matrix(fmt, cache.device),
+        BASIS=basis is not None and fmt.preset.key.bits != 32,
         out_stride_token=key.stride(0),
         out_stride_head=key.stride(1),
         DP=dp,
@@ -164,4 +181,5 @@ def load_context(
         num_warps=4,
         num_stages=1,
         **page_arguments(cache, fmt),
+        **level_arguments(cache, fmt),
     )

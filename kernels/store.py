@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from .basis import KeyBasis
 from .codebook import LEVELS, LEVELS_PER_SIGMA, SCALE_CANDIDATES
 from .encode import store_side
 from .format import PageFormat
@@ -32,7 +33,9 @@ def _store_kernel(
     value,
     slot_mapping,
     cache,
-    matrix,
+    key_matrix,
+    key_mean,
+    value_matrix,
     sketch,
     key_table,
     key_scalars,
@@ -66,7 +69,9 @@ def _store_kernel(
     UNIT_BYTES: tl.constexpr,
     BT: tl.constexpr,
     CANDIDATES: tl.constexpr,
-    SIGNS: tl.constexpr,
+    KEY_SIGNS: tl.constexpr,
+    VALUE_SIGNS: tl.constexpr,
+    BASIS: tl.constexpr,
     PRE: tl.constexpr,
 ):
     t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -81,15 +86,18 @@ def _store_kernel(
     t = t.to(tl.int64)
     if tl.program_id(2) == 0:
         x = key + t * key_stride_token + head * key_stride_head
+        if BASIS:
+            key_matrix += head * D * D
+            key_mean += head * D
         store_side(
-            x, unit, token, live, matrix, sketch, key_table, key_scalars, key_norms, group,
-            KEY_BITS, KEY_SKETCH, KEY_LEVELS, KEY_PER_SIGMA, K0, K1, K2, D, GROUP, GP, CANDIDATES, SIGNS, PRE,
+            x, unit, token, live, key_matrix, key_mean, sketch, key_table, key_scalars, key_norms, group,
+            KEY_BITS, KEY_SKETCH, KEY_LEVELS, KEY_PER_SIGMA, K0, K1, K2, D, GROUP, GP, CANDIDATES, KEY_SIGNS, BASIS, PRE,
         )  # fmt: skip
     else:
         x = value + t * value_stride_token + head * value_stride_head
         store_side(
-            x, unit, token, live, matrix, sketch, value_table, value_scalars, value_scalars, group,
-            VALUE_BITS, False, VALUE_LEVELS, VALUE_PER_SIGMA, V0, V1, V2, D, GROUP, GP, CANDIDATES, SIGNS, PRE,
+            x, unit, token, live, value_matrix, value_matrix, sketch, value_table, value_scalars, value_scalars, group,
+            VALUE_BITS, False, VALUE_LEVELS, VALUE_PER_SIGMA, V0, V1, V2, D, GROUP, GP, CANDIDATES, VALUE_SIGNS, False, PRE,
         )  # fmt: skip
 
 
@@ -106,11 +114,19 @@ def _constants(fmt: PageFormat, device: torch.device, dtype: torch.dtype) -> tup
     return matrix.contiguous(), s.to(device=device, dtype=torch.float32).contiguous(), signs
 
 
-def store(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor, fmt: PageFormat) -> None:
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    fmt: PageFormat,
+    basis: KeyBasis | None = None,
+) -> None:
     """Encodes tokens into their slots; writes exactly the bytes that those tokens own and reads no page.
 
     key, value: ``[T', H, d]`` of one floating dtype, T' >= T, last dim contiguous. cache: uint8 ``[B, H, N, C]`` with ``[N,
-    C]`` contiguous per (block, head). slot_mapping: int64 ``[T]``; negative slots are skipped.
+    C]`` contiguous per (block, head). slot_mapping: int64 ``[T]``; negative slots are skipped. basis: of the keys, on the
+    same device; the plain rotation without.
     """
     heads = key.shape[1]
     assert key.dtype == value.dtype and key.stride(2) == 1 and value.stride(2) == 1
@@ -119,13 +135,14 @@ def store(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapp
     if tokens == 0:
         return
     matrix, sketch, signs = _constants(fmt, cache.device, key.dtype)
-    arguments = page_arguments(cache, fmt)
-    del arguments["key_levels"], arguments["value_levels"]  # compiled in
+    based = basis is not None and fmt.preset.key.bits != 32
     _store_kernel[(triton.cdiv(tokens, _TOKENS), heads * fmt.groups, 2)](
         key,
         value,
         slot_mapping,
-        matrix=matrix,
+        key_matrix=basis.forward if based else matrix,
+        key_mean=basis.mean if based else matrix,
+        value_matrix=matrix,
         sketch=sketch,
         tokens=tokens,
         key_stride_token=key.stride(0),
@@ -139,8 +156,10 @@ def store(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapp
         GP=next_power_of_2(fmt.scale_group),
         BT=_TOKENS,
         CANDIDATES=SCALE_CANDIDATES,
-        SIGNS=signs,
+        KEY_SIGNS=signs and not based,
+        VALUE_SIGNS=signs,
+        BASIS=based,
         PRE=1.0 if key.dtype == torch.float16 else _PRESCALE,
         num_warps=4,
-        **arguments,
+        **page_arguments(cache, fmt),
     )

@@ -99,10 +99,8 @@ def page_arguments(cache: torch.Tensor, fmt: PageFormat) -> dict[str, object]:
         "key_table": keys.table,
         "key_scalars": keys.scalars,
         "key_norms": keys.norms,
-        "key_levels": keys.levels,
         "value_table": values.table,
         "value_scalars": values.scalars,
-        "value_levels": values.levels,
         "KEY_BITS": keys.codec.bits,
         "KEY_SKETCH": keys.codec.sketch,
         "VALUE_BITS": values.codec.bits,
@@ -113,3 +111,8 @@ def page_arguments(cache: torch.Tensor, fmt: PageFormat) -> dict[str, object]:
         "BLOCK_SIZE": cache.shape[2],
         "UNIT_BYTES": fmt.unit_bytes,
     }
+
+
+def level_arguments(cache: torch.Tensor, fmt: PageFormat) -> dict[str, object]:
+    """The values of codes, for kernels that look them up."""
+    return {f"{kind}_levels": side_tables(fmt, kind, cache.device).levels for kind in ("key", "value")}

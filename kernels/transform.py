@@ -1,7 +1,7 @@
-"""Row transforms ``y = x M`` on the GPU, and the matrices that attention over rotated pages needs.
+"""Row transforms ``y = x M`` on the GPU, and the matrices that attention over stored vectors needs.
 
-Keys and values are stored rotated, ``y = R x``. Queries are rotated once a step, outputs rotated back once; the sketch of
-Algorithm 2 needs a second image of the query, ``sqrt(pi / 2) / g * S R q`` per scale group of g dims.
+Keys and values are stored rotated, ``y = R x``, keys of calibrated layers under a `KeyBasis`. Queries are transformed once a
+step, outputs rotated back once; the sketch of Algorithm 2 needs a second image of the query.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .basis import KeyBasis
 from .format import PageFormat
 from .rotation import ROTATION_SEED, rotation, sketch_matrix
 from .tables import next_power_of_2
@@ -22,27 +23,35 @@ _TILE = 64
 
 @cache
 def rotation_matrix(fmt: PageFormat, device: torch.device) -> torch.Tensor:
-    """R, fp32 ``[d, d]``; the identity for the lossless debug codec."""
+    """R, fp32 ``[1, d, d]``; the identity for the lossless debug codec."""
     lossless = fmt.preset.key.bits == 32
     matrix = torch.eye(fmt.head_size, dtype=torch.float64) if lossless else rotation(fmt.head_size, ROTATION_SEED)
-    return matrix.to(device=device, dtype=torch.float32).contiguous()
+    return matrix[None].to(device=device, dtype=torch.float32).contiguous()
 
 
 @cache
-def sketch_rotation(fmt: PageFormat, device: torch.device) -> torch.Tensor:
-    """``sqrt(pi / 2) / g * blockdiag(S, ...) R``, fp32 ``[d, d]``."""
+def key_matrix(fmt: PageFormat, device: torch.device, basis: KeyBasis | None) -> torch.Tensor:
+    """E, fp32 ``[1 or Hk, d, d]``: stored rows y are keys ``y E`` (plus the mean) and meet a query as ``q E^T``."""
+    if basis is None or fmt.preset.key.bits == 32:
+        return rotation_matrix(fmt, device)
+    return basis.inverse.mT.to(device).contiguous()
+
+
+@cache
+def sketch_key_matrix(fmt: PageFormat, device: torch.device, basis: KeyBasis | None) -> torch.Tensor:
+    """``sqrt(pi / 2) / g * blockdiag(S, ...) E``, fp32 ``[1 or Hk, d, d]``: what `key_matrix` is for codes, for sketches."""
     s = sketch_matrix(fmt.scale_group, ROTATION_SEED) * (math.sqrt(math.pi / 2) / fmt.scale_group)
-    matrix = torch.block_diag(*[s] * fmt.groups) @ rotation(fmt.head_size, ROTATION_SEED)
-    return matrix.to(device=device, dtype=torch.float32).contiguous()
+    keys = rotation(fmt.head_size, ROTATION_SEED)[None] if basis is None else basis.inverse.mT.to("cpu", torch.float64)
+    return (torch.block_diag(*[s] * fmt.groups) @ keys).to(device=device, dtype=torch.float32).contiguous()
 
 
-@triton.jit(do_not_specialize=["rows", "heads"])
+@triton.jit(do_not_specialize=["rows", "group"])
 def _transform_kernel(
     x,
     out,
-    matrix,  # fp32, element (in, out) at in * stride_in + out * stride_out
+    matrix,  # fp32, one for each group of heads, element (in, out) at in * stride_in + out * stride_out
     rows,
-    heads,
+    group,
     stride_token,
     stride_head,
     out_stride_token,
@@ -58,7 +67,8 @@ def _transform_kernel(
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     live = row < rows
-    token, head = (row // heads).to(tl.int64), row % heads
+    token, head = (row // group).to(tl.int64), tl.program_id(2) * group + row % group
+    matrix += tl.program_id(2) * D * D
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, DP, BK):
         i = k + tl.arange(0, BK)
@@ -71,21 +81,25 @@ def _transform_kernel(
     tl.store(target, acc.to(out.dtype.element_ty), mask=live[:, None] & (column < D)[None, :])
 
 
-def transform_rows(x: torch.Tensor, out: torch.Tensor, matrix: torch.Tensor, transpose: bool) -> None:
-    """``out = x M^T`` (``transpose``) or ``x M``, in fp32.
+def transform_rows(x: torch.Tensor, out: torch.Tensor, matrices: torch.Tensor, transpose: bool) -> None:
+    """``out = x M^T`` (``transpose``) or ``x M`` with each head's M, in fp32.
 
-    x, out: floating ``[T, H, d]``, last dim contiguous. matrix: fp32 ``[d, d]`` contiguous. Writes all of ``out``.
+    x, out: floating ``[T, H, d]``, last dim contiguous. matrices: fp32 ``[n, d, d]`` contiguous; each serves H / n heads that lie
+    side by side. Writes all of ``out``.
     """
     tokens, heads, d = x.shape
-    assert x.stride(2) == 1 and out.stride(2) == 1 and matrix.is_contiguous() and out.shape == x.shape
+    count = matrices.shape[0]
+    assert x.stride(2) == 1 and out.stride(2) == 1 and out.shape == x.shape
+    assert matrices.is_contiguous() and matrices.shape == (count, d, d) and heads % count == 0
     tile = min(_TILE, next_power_of_2(d))
-    rows = tokens * heads
-    _transform_kernel[(triton.cdiv(rows, 16), triton.cdiv(d, tile))](
+    group = heads // count
+    rows = tokens * group
+    _transform_kernel[(triton.cdiv(rows, 16), triton.cdiv(d, tile), count)](
         x,
         out,
-        matrix,
+        matrices,
         rows,
-        heads,
+        group,
         x.stride(0),
         x.stride(1),
         out.stride(0),

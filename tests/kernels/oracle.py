@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_turboquant.kernels.basis import KeyBasis, balanced_transform, key_basis
 from vllm_turboquant.kernels.format import PageFormat
 from vllm_turboquant.kernels.reference import load
 from vllm_turboquant.kernels.rotation import rotation
@@ -71,6 +72,19 @@ def attend_slowly(
     return out
 
 
+def spread(rng: torch.Generator, *shape: int) -> torch.Tensor:
+    """Positive definite matrices ``[..., d, d]`` whose axes differ by up to 10,000 times in energy."""
+    vectors = torch.linalg.qr(torch.randn(*shape, shape[-1], generator=rng, dtype=torch.float64))[0]
+    values = (torch.rand(*shape, generator=rng, dtype=torch.float64) * math.log(1e4)).exp()
+    return vectors @ (values[..., None] * vectors.mT)
+
+
+def random_basis(rng: torch.Generator, heads: int, d: int, mean: float = 30.0) -> KeyBasis:
+    """A basis fitted to random keys and queries, with a mean of that size."""
+    transform = balanced_transform(spread(rng, heads, d), spread(rng, heads, d))
+    return key_basis(transform, torch.randn(heads, d, generator=rng) * mean)
+
+
 def make_batch(
     fmt: PageFormat,
     lengths: list[int],
@@ -81,8 +95,11 @@ def make_batch(
     seed: int,
     poison: int = 0xFF,
     device: str = "cpu",
+    basis: KeyBasis | None = None,
 ) -> Batch:
     """Random requests, stored through random block tables into a pool whose every other byte is ``poison``.
+
+    basis: keys lie around its mean and are stored under it.
 
     The pool is a padded view with a storage offset, so that recomputed strides show.
     """
@@ -106,8 +123,10 @@ def make_batch(
         k, v = (torch.randn(length, kv_heads, fmt.head_size, generator=g, dtype=torch.float64) for _ in range(2))
         position = torch.arange(length)
         slots = table[request, position // block_size].to(torch.int64) * block_size + position % block_size
+        if basis is not None:
+            k += basis.mean.cpu()
         k, v = k.to(device), v.to(device)
-        store(k, v, cache, slots.to(device), fmt)
+        store(k, v, cache, slots.to(device), fmt, basis)
         keys.append(k)
         values.append(v)
     starts = torch.tensor([0, *torch.tensor(query_lengths).cumsum(0).tolist()], dtype=torch.int32)

@@ -10,23 +10,14 @@ from vllm_turboquant.kernels.basis import balanced_transform, key_basis
 from vllm_turboquant.kernels.format import PRESETS, page_format
 from vllm_turboquant.kernels.statistics import KeyStatistics
 
+from .oracle import random_basis, spread
+
 HEADS, GROUP = 2, 3
 
 
 @pytest.fixture
 def rng(seed):
     return torch.Generator().manual_seed(seed)
-
-
-def spread(rng, *shape):
-    """Positive definite matrices ``[..., d, d]`` whose axes differ by up to 10,000 times in energy."""
-    vectors = torch.linalg.qr(torch.randn(*shape, shape[-1], generator=rng, dtype=torch.float64))[0]
-    values = (torch.rand(*shape, generator=rng, dtype=torch.float64) * math.log(1e4)).exp()
-    return vectors @ (values[..., None] * vectors.mT)
-
-
-def random_basis(rng, d):
-    return key_basis(balanced_transform(spread(rng, HEADS, d), spread(rng, HEADS, d)), torch.randn(HEADS, d, generator=rng) * 30)
 
 
 @pytest.mark.parametrize("d", [16, 64])
@@ -79,7 +70,7 @@ def test_unusable_parts_are_refused(transform, mean):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("d", [64, 128])
 def test_pages_under_a_basis_attend_as_their_decoded_vectors_do(rng, preset, d):
-    fmt, basis = page_format(preset, d), random_basis(rng, d)
+    fmt, basis = page_format(preset, d), random_basis(rng, HEADS, d)
     length, blocks = 45, 3
     key, value = (torch.randn(length, HEADS, d, generator=rng, dtype=torch.float64) for _ in range(2))
     key = key + basis.mean
