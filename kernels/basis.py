@@ -7,9 +7,11 @@ queries. Both are therefore free at decode: they take the place of the plain rot
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from .format import PageFormat, VectorCodec
 from .rotation import ROTATION_SEED, rotation
 
 # Of every second moment, this share is replaced by its isotropic part: directions that the statistics never saw keep a
@@ -19,42 +21,95 @@ SHRINKAGE = 0.02
 
 @dataclass(frozen=True, eq=False)
 class KeyBasis:
-    """One affine map a KV head. A key k is stored as ``y = forward (k - mean)`` and read as ``inverse y + mean``.
+    """One affine map a KV head, with two means. A key k is stored as ``y = forward (k - m)`` and read as ``inverse y + m``.
 
-    forward, inverse: fp32 ``[Hk, d, d]``, contiguous, each other's inverse. mean: fp32 ``[Hk, d]``. A query q of the head
-    attends to stored keys as ``inverse^T q``: ``<inverse^T q, y> = <q, k> - <q, mean>``, whose last term is the same for all
-    keys of the head.
+    forward, inverse: fp32 ``[Hk, d, d]``, contiguous, each other's inverse. mean, sink_mean: fp32 ``[Hk, d]``; m is the one that
+    is nearer in the stored basis, decided for each scale group of dims alone; the sign of the group's stored scale says which
+    (negative: sink_mean). The first token of a sequence is what most heads attend to when they have nothing to attend to: its
+    keys are nearly the same in all texts, far from all others, and no error costs more than theirs. Keys without a stored
+    scale (8 bits) know ``mean`` alone.
+
+    A query q of the head attends to stored keys as ``inverse^T q``: ``<inverse^T q, y + offset> = <q, k> - <q, mean>``, whose
+    last term is the same for all keys of the head; ``offset`` counts where m is sink_mean.
     """
 
     forward: torch.Tensor
     inverse: torch.Tensor
     mean: torch.Tensor
+    sink_mean: torch.Tensor
 
     def __post_init__(self) -> None:
         heads, d = self.mean.shape
         assert self.forward.shape == self.inverse.shape == (heads, d, d), (self.forward.shape, self.inverse.shape)
-        assert all(x.dtype == torch.float32 and x.is_contiguous() for x in (self.forward, self.inverse, self.mean))
+        assert self.sink_mean.shape == self.mean.shape, self.sink_mean.shape
+        assert all(x.dtype == torch.float32 and x.is_contiguous() for x in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.forward, self.inverse, self.mean, self.sink_mean
+
+    @cached_property
+    def offset(self) -> torch.Tensor:
+        """``forward (sink_mean - mean)``, fp32 ``[Hk, d]``."""
+        return torch.einsum("hij,hj->hi", self.forward.double(), (self.sink_mean - self.mean).double()).float()
 
     def to(self, device: torch.device) -> KeyBasis:
-        return KeyBasis(*(x.to(device) for x in (self.forward, self.inverse, self.mean)))
+        return KeyBasis(*(x.to(device) for x in self.tensors))
 
 
-def key_basis(transform: torch.Tensor, mean: torch.Tensor, seed: int = ROTATION_SEED) -> KeyBasis:
-    """The basis ``y = R A (k - mean)`` of symmetric positive definite transforms A.
+def key_basis(
+    transform: torch.Tensor, mean: torch.Tensor, sink_mean: torch.Tensor | None = None, seed: int = ROTATION_SEED
+) -> KeyBasis:
+    """The basis ``y = R A (k - m)`` of symmetric positive definite transforms A.
 
-    transform: floating ``[Hk, d, d]``. mean: floating ``[Hk, d]``. The rotation R is that of ``kernels.rotation``. Raises
-    ValueError where a matrix or mean is not finite or A is not invertible in fp32.
+    transform: floating ``[Hk, d, d]``. mean, sink_mean: floating ``[Hk, d]``; without the latter there is one mean. The rotation
+    R is that of ``kernels.rotation``. Raises ValueError where a matrix or mean is not finite or A is not invertible in fp32.
     """
     a, mu = transform.to("cpu", torch.float64), mean.to("cpu", torch.float64)
-    if not (a.isfinite().all() and mu.isfinite().all()):
+    sink = mu if sink_mean is None else sink_mean.to("cpu", torch.float64)
+    if not (a.isfinite().all() and mu.isfinite().all() and sink.isfinite().all()):
         raise ValueError("a key transform or mean is not finite")
     values, vectors = torch.linalg.eigh(a)
     if (values <= values.amax(-1, keepdim=True) * 1e-6).any():
         raise ValueError("a key transform is not positive definite")
     inverse = vectors @ ((1 / values)[..., None] * vectors.mT)
     turn = rotation(a.shape[-1], seed)
-    parts = (turn @ a, inverse @ turn.T, mu)
+    parts = (turn @ a, inverse @ turn.T, mu, sink)
     return KeyBasis(*(x.to(torch.float32).contiguous() for x in parts))
+
+
+def rotate(x: torch.Tensor, fmt: PageFormat, codec: VectorCodec, seed: int, inverse: bool = False) -> torch.Tensor:
+    if codec.bits == 32:  # the lossless debug codec keeps vectors as they are
+        return x
+    matrix = rotation(fmt.head_size, seed).to(device=x.device, dtype=x.dtype)
+    return x @ (matrix if inverse else matrix.T)
+
+
+def by_head(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """``[T, Hk, ..., d]`` times each head's matrix, as rows: ``x_h M_h``."""
+    return torch.einsum("th...i,hij->th...j", x, matrices.to(device=x.device, dtype=x.dtype))
+
+
+def turn_keys(key: torch.Tensor, fmt: PageFormat, seed: int, basis: KeyBasis | None) -> torch.Tensor:
+    """Keys ``[T, Hk, d]`` as they are stored."""
+    if basis is None or fmt.preset.key.bits == 32:
+        return rotate(key, fmt, fmt.preset.key, seed)
+    return by_head(key - basis.mean.to(device=key.device, dtype=key.dtype), basis.forward.mT)
+
+
+def recentre(y: torch.Tensor, fmt: PageFormat, basis: KeyBasis) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored keys ``[T, Hk, d]`` relative to each group's nearer mean, and where that is the second, ``[T, Hk, groups]``."""
+    offset = basis.offset.to(device=y.device, dtype=y.dtype).unflatten(-1, (-1, fmt.scale_group))
+    parts = y.unflatten(-1, (-1, fmt.scale_group))
+    near = (parts * offset).sum(-1) > (offset * offset).sum(-1) / 2
+    return torch.where(near[..., None], parts - offset, parts).flatten(-2), near
+
+
+def turn_queries(query: torch.Tensor, fmt: PageFormat, seed: int, basis: KeyBasis | None) -> torch.Tensor:
+    """Queries ``[T, Hk, G, d]`` as stored keys are read by them."""
+    if basis is None or fmt.preset.key.bits == 32:
+        return rotate(query, fmt, fmt.preset.key, seed)
+    return by_head(query, basis.inverse)
 
 
 def balanced_transform(key_moment: torch.Tensor, query_moment: torch.Tensor, shrinkage: float = SHRINKAGE) -> torch.Tensor:

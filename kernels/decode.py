@@ -39,6 +39,7 @@ def _decode_kernel(
     value_table,
     value_scalars,
     value_levels,
+    offset,
     cache_stride_block,
     cache_stride_head,
     table_stride,
@@ -50,6 +51,7 @@ def _decode_kernel(
     splits,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    BASIS: tl.constexpr,
     KEY_BITS: tl.constexpr,
     KEY_SKETCH: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -95,6 +97,8 @@ def _decode_kernel(
     begin = first + split * share * BN
     end = tl.minimum(begin + share * BN, length)
 
+    if BASIS:
+        offset += head * D
     peak = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
@@ -104,7 +108,7 @@ def _decode_kernel(
         block = tl.load(block_table + request.to(tl.int64) * table_stride + n // BLOCK_SIZE, mask=live, other=0)
         unit, token = token_units(cache, block, n, head, cache_stride_block, cache_stride_head, BLOCK_SIZE, UNIT_BYTES)
         codes = load_codes(unit, token, live, key_table, K0, K1, K2, BN, DP)
-        k = codes_to_vectors(codes, unit, token, live, key_scalars, key_levels, KEY_BITS, D, GROUP, DP)
+        k = codes_to_vectors(codes, unit, token, live, key_scalars, key_levels, offset, BASIS, KEY_BITS, D, GROUP, DP)
         scores = tl.dot(q_rows, tl.trans(k), input_precision=PRECISION)
         if KEY_SKETCH:
             signs = tl.where((codes >> KEY_BITS) > 0, -1.0, 1.0) * load_scalars(unit, token, live, key_norms, D, GROUP, DP)
@@ -123,7 +127,7 @@ def _decode_kernel(
         shrink = tl.exp(peak - base)
         total = total * shrink + tl.sum(weights, axis=1)
         codes = load_codes(unit, token, live, value_table, V0, V1, V2, BN, DP)
-        v = codes_to_vectors(codes, unit, token, live, value_scalars, value_levels, VALUE_BITS, D, GROUP, DP)
+        v = codes_to_vectors(codes, unit, token, live, value_scalars, value_levels, offset, False, VALUE_BITS, D, GROUP, DP)
         acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
         peak = new_peak
 
@@ -189,6 +193,7 @@ def decode(
         seq_lens=seq_lens,
         query_start_loc=query_start_loc,
         table_stride=block_table.stride(0),
+        offset=None if basis is None else basis.offset,
         scale=scale,
         soft_cap=soft_cap or 0.0,
         # Not compiled in: one binary serves every model of a head size and preset.
@@ -198,6 +203,7 @@ def decode(
         splits=plan.splits,
         WINDOW=window or 0,
         SOFT_CAP=bool(soft_cap),
+        BASIS=basis is not None,
         DP=dp,
         BM=bm,
         BN=32 if dp <= 256 else 16,

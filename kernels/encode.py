@@ -102,6 +102,7 @@ def store_side(
     live,
     matrix,
     mean,
+    offset,
     sketch,
     table,
     scalars,
@@ -119,7 +120,7 @@ def store_side(
     GP: tl.constexpr,
     CANDIDATES: tl.constexpr,
     SIGNS: tl.constexpr,
-    MEAN: tl.constexpr,
+    BASIS: tl.constexpr,
     PRE: tl.constexpr,
 ):
     column = tl.arange(0, GP)
@@ -129,7 +130,7 @@ def store_side(
         raw = tl.load(source, mask=live[:, None] & inside, other=0.0).to(tl.float32)
         _store_words(raw.to(tl.int32, bitcast=True), unit, token, live, table, P0, GROUP, GP, group)
     else:
-        y = _rotate_group(x, live, matrix, mean, D, GROUP, GP, SIGNS, MEAN, PRE, group)
+        y = _rotate_group(x, live, matrix, mean, D, GROUP, GP, SIGNS, BASIS, PRE, group)
         broken = tl.sum((tl.abs(y) < float("inf")).to(tl.int32), axis=1) < GP
         if BITS == 8:
             bounded = tl.clamp(y, -448.0 * PRE, 448.0 * PRE) * (1.0 / PRE)
@@ -138,6 +139,11 @@ def store_side(
         else:
             COUNT: tl.constexpr = 1 << (BITS - 1)
             y = tl.where(broken[:, None], 0.0, y)
+            if BASIS:
+                second = tl.load(offset + group * GROUP + column, mask=column < GROUP, other=0.0)
+                # Nearer to the second mean: |y - o|^2 < |y|^2, without squares of y.
+                near = tl.sum(y * second[None, :], axis=1) > tl.sum(second * second, axis=0) * (0.5 * PRE)
+                y = tl.where(near[:, None], y - second[None, :] * PRE, y)
             top = tl.max(tl.abs(y), axis=1)
             safe = tl.where(top > 0, top, 1.0)
             a = tl.abs(y) / safe[:, None]
@@ -171,6 +177,8 @@ def store_side(
                 codes |= tl.where(projected < 0, 1 << BITS, 0)
                 norm = tl.minimum(tl.sqrt(tl.sum(residual * residual, axis=1)) * (safe * (1.0 / PRE)), 65504.0)
                 _store_scalar(tl.where(broken, float("nan"), norm), unit, token, live, norms, D // GROUP, group)
+            if BASIS:
+                stored = tl.where(near, -stored, stored)
             _store_scalar(stored, unit, token, live, scalars, D // GROUP, group)
             _store_words(codes, unit, token, live, table, P0, GROUP, GP, group)
             if P1[0] != 0:

@@ -29,11 +29,12 @@ def _load_side(
     matrix,
     sketch_matrix,
     mean,
+    offset,
     table,
     scalars,
     norms,
     levels,
-    MEAN: tl.constexpr,
+    BASIS: tl.constexpr,
     BITS: tl.constexpr,
     SKETCH: tl.constexpr,
     P0: tl.constexpr,
@@ -46,7 +47,7 @@ def _load_side(
     BC: tl.constexpr,
 ):
     codes = load_codes(unit, token, live, table, P0, P1, P2, BN, DP)
-    y = codes_to_vectors(codes, unit, token, live, scalars, levels, BITS, D, GROUP, DP)
+    y = codes_to_vectors(codes, unit, token, live, scalars, levels, offset, BASIS, BITS, D, GROUP, DP)
     i = tl.arange(0, DP)
     target = out + row.to(tl.int64)[:, None] * out_stride_token + head * out_stride_head
     if BITS == 32:
@@ -62,7 +63,7 @@ def _load_side(
             if SKETCH:
                 m = tl.load(sketch_matrix + i[:, None] * D + c[None, :], mask=inside, other=0.0)
                 x += tl.dot(signs, m, input_precision="tf32")
-            if MEAN:
+            if BASIS:
                 x += tl.load(mean + c, mask=c < D, other=0.0)[None, :]
             tl.store(target + c[None, :], x.to(out.dtype.element_ty), mask=live[:, None] & (c < D)[None, :])
 
@@ -79,6 +80,7 @@ def _load_context_kernel(
     key_matrix,
     sketch_matrix,
     mean,
+    offset,
     value_matrix,
     key_table,
     key_scalars,
@@ -122,13 +124,14 @@ def _load_context_kernel(
             key_matrix += head * D * D
             sketch_matrix += head * D * D
             mean += head * D
+            offset += head * D
         _load_side(
-            key, unit, token, live, row, head, out_stride_token, out_stride_head, key_matrix, sketch_matrix, mean,
+            key, unit, token, live, row, head, out_stride_token, out_stride_head, key_matrix, sketch_matrix, mean, offset,
             key_table, key_scalars, key_norms, key_levels, BASIS, KEY_BITS, KEY_SKETCH, K0, K1, K2, D, GROUP, DP, BN, BC,
         )  # fmt: skip
     else:
         _load_side(
-            value, unit, token, live, row, head, out_stride_token, out_stride_head, value_matrix, value_matrix, mean,
+            value, unit, token, live, row, head, out_stride_token, out_stride_head, value_matrix, value_matrix, mean, offset,
             value_table, value_scalars, value_scalars, value_levels, False, VALUE_BITS, False, V0, V1, V2, D, GROUP, DP, BN, BC,
         )  # fmt: skip
 
@@ -170,7 +173,8 @@ def load_context(
         table_stride=block_table.stride(0),
         key_matrix=keys,
         sketch_matrix=sketch_key_matrix(fmt, cache.device, basis) if fmt.preset.key.sketch else keys,
-        mean=keys if basis is None else basis.mean,
+        mean=None if basis is None else basis.mean,
+        offset=None if basis is None else basis.offset,
         value_matrix=rotation_matrix(fmt, cache.device),
         BASIS=basis is not None and fmt.preset.key.bits != 32,
         out_stride_token=key.stride(0),

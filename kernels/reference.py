@@ -11,39 +11,13 @@ import math
 
 import torch
 
-from .basis import KeyBasis
+from .basis import KeyBasis, by_head, recentre, rotate, turn_keys, turn_queries
 from .codec import decode_vectors, encode_vectors, to_e4m3
 from .format import PageFormat, Preset, VectorCodec, page_format, scale_group
 from .packing import pack_plane, read_tokens, unpack_plane, write_tokens
-from .rotation import ROTATION_SEED, rotation, sketch_matrix
+from .rotation import ROTATION_SEED, sketch_matrix
 
 _QUERY_ROWS = 256  # rows attended at once: bounds the score matrix of a long prefill
-
-
-def _rotate(x: torch.Tensor, fmt: PageFormat, codec: VectorCodec, seed: int, inverse: bool = False) -> torch.Tensor:
-    if codec.bits == 32:  # the lossless debug codec keeps vectors as they are
-        return x
-    matrix = rotation(fmt.head_size, seed).to(device=x.device, dtype=x.dtype)
-    return x @ (matrix if inverse else matrix.T)
-
-
-def _heads(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """``[T, Hk, ..., d]`` times each head's matrix, as rows: ``x_h M_h``."""
-    return torch.einsum("th...i,hij->th...j", x, matrices.to(device=x.device, dtype=x.dtype))
-
-
-def _turn_keys(key: torch.Tensor, fmt: PageFormat, seed: int, basis: KeyBasis | None) -> torch.Tensor:
-    """Keys ``[T, Hk, d]`` as they are stored."""
-    if basis is None or fmt.preset.key.bits == 32:
-        return _rotate(key, fmt, fmt.preset.key, seed)
-    return _heads(key - basis.mean.to(device=key.device, dtype=key.dtype), basis.forward.mT)
-
-
-def _turn_queries(query: torch.Tensor, fmt: PageFormat, seed: int, basis: KeyBasis | None) -> torch.Tensor:
-    """Queries ``[T, Hk, G, d]`` as stored keys are read by them."""
-    if basis is None or fmt.preset.key.bits == 32:
-        return _rotate(query, fmt, fmt.preset.key, seed)
-    return _heads(query, basis.inverse)
 
 
 def _sketch(fmt: PageFormat, codec: VectorCodec, seed: int, device: torch.device) -> torch.Tensor | None:
@@ -58,10 +32,15 @@ def _encode_side(
     if codec.bits == 32:
         return [x.to(torch.float32).contiguous().view(torch.uint8)], []
     x = x.to(torch.float64)
-    y = _turn_keys(x, fmt, seed, basis) if kind == "key" else _rotate(x, fmt, codec, seed)
+    y = turn_keys(x, fmt, seed, basis) if kind == "key" else rotate(x, fmt, codec, seed)
     if codec.bits == 8:
         return [to_e4m3(y)], []
+    near = None
+    if kind == "key" and basis is not None:
+        y, near = recentre(y, fmt, basis)
     codes, scalars = encode_vectors(y, codec, fmt.scale_group, _sketch(fmt, codec, seed, x.device), scale)
+    if near is not None:
+        scalars[0] = torch.where(near, -scalars[0], scalars[0])
     return [pack_plane(plane, codes, odd) for plane in planes], scalars
 
 
@@ -97,12 +76,14 @@ def load(
     cache: torch.Tensor,
     blocks: torch.Tensor,
     fmt: PageFormat,
+    basis: KeyBasis | None = None,
     seed: int = ROTATION_SEED,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of whole blocks as the cache decodes them, **in the basis in which they are stored**.
 
-    blocks: int64 ``[n]``. Returns two ``[n * N, H, d]`` in ``dtype``; float32 holds every level times scale exactly.
+    blocks: int64 ``[n]``. basis: that of `store`; keys come back relative to its mean. Returns two ``[n * N, H, d]`` in
+    ``dtype``; float32 holds every level times scale exactly.
     """
     pieces = read_tokens(cache, blocks, fmt)
     tokens, heads = pieces[0].shape[:2]
@@ -119,8 +100,13 @@ def load(
             sides.append(raw[0].contiguous().view(number).to(dtype))
             continue
         codes = functools.reduce(torch.bitwise_or, [unpack_plane(p, x, odd) for p, x in zip(planes, raw, strict=True)])
-        side = [scalars[kind], *([scalars["sketch_norm"]] if codec.sketch else [])]
-        sides.append(decode_vectors(codes, side, codec, _sketch(fmt, codec, seed, cache.device), dtype))
+        based = kind == "key" and basis is not None
+        side = [scalars[kind].abs() if based else scalars[kind], *([scalars["sketch_norm"]] if codec.sketch else [])]
+        y = decode_vectors(codes, side, codec, _sketch(fmt, codec, seed, cache.device), dtype)
+        if based:
+            near = scalars[kind].signbit().repeat_interleave(fmt.scale_group, -1)
+            y = torch.where(near, y + basis.offset.to(device=y.device, dtype=dtype), y)
+        sides.append(y)
     return sides[0], sides[1]
 
 
@@ -132,12 +118,12 @@ def load_vectors(
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of whole blocks **in the model's own basis**: `load`, then the way back. basis: that of `store`."""
-    keys, values = load(cache, blocks, fmt, dtype=dtype)
+    keys, values = load(cache, blocks, fmt, basis, dtype=dtype)
     if basis is None or fmt.preset.key.bits == 32:
-        keys = _rotate(keys, fmt, fmt.preset.key, ROTATION_SEED, inverse=True)
+        keys = rotate(keys, fmt, fmt.preset.key, ROTATION_SEED, inverse=True)
     else:
-        keys = _heads(keys, basis.inverse.mT) + basis.mean.to(device=keys.device, dtype=dtype)
-    return keys, _rotate(values, fmt, fmt.preset.value, ROTATION_SEED, inverse=True)
+        keys = by_head(keys, basis.inverse.mT) + basis.mean.to(device=keys.device, dtype=dtype)
+    return keys, rotate(values, fmt, fmt.preset.value, ROTATION_SEED, inverse=True)
 
 
 def _attend_rows(
@@ -211,8 +197,8 @@ def attend(
         wanted.append(block_table[row, first:last].to(torch.int64))
     if not requests:
         return out
-    keys, values = load(cache, torch.cat(wanted), fmt, seed, dtype)
-    q = _turn_queries(query.to(dtype).view(tokens, kv_heads, heads // kv_heads, head_size), fmt, seed, basis)
+    keys, values = load(cache, torch.cat(wanted), fmt, basis, seed, dtype)
+    q = turn_queries(query.to(dtype).view(tokens, kv_heads, heads // kv_heads, head_size), fmt, seed, basis)
     base = 0
     for start, rows, length, blocks in requests:
         k, v = keys[base : base + length], values[base : base + length]
@@ -226,7 +212,7 @@ def attend(
                 visible &= column > position - window
             part = _attend_rows(q[start + begin : start + end], k, v, visible, scale, soft_cap, sinks)
             out[start + begin : start + end] = part.flatten(1, 2)
-    return _rotate(out, fmt, fmt.preset.value, seed, inverse=True)
+    return rotate(out, fmt, fmt.preset.value, seed, inverse=True)
 
 
 def roundtrip(
@@ -250,8 +236,8 @@ def roundtrip(
     cache = torch.zeros(blocks, 1, 16, fmt.slot_bytes, dtype=torch.uint8, device=x.device)
     vectors = x[:, None, :]
     store(vectors, vectors, cache, torch.arange(n, device=x.device), fmt, seed=seed, scale=scale)
-    keys, _ = load(cache, torch.arange(blocks, device=x.device), fmt, seed)
-    return _rotate(keys[:n, 0], fmt, codec, seed, inverse=True).to(x.dtype)
+    keys, _ = load(cache, torch.arange(blocks, device=x.device), fmt, seed=seed)
+    return rotate(keys[:n, 0], fmt, codec, seed, inverse=True).to(x.dtype)
 
 
 __all__ = ["attend", "load", "load_vectors", "page_format", "roundtrip", "store"]

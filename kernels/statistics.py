@@ -8,12 +8,16 @@ import torch
 
 from .basis import KeyBasis, balanced_transform, key_basis
 
+# First tokens of a sequence that are left out of the sums: attention sinks spread over a few.
+SKIPPED = 4
+
 
 class KeyStatistics:
     """Sums over tokens of one attention layer; keys and queries as they meet in attention, after rotary embedding.
 
     float64, on the device of what is added: key_sum ``[Hk, d]``, key_moment ``[Hk, d, d]`` (of k k^T), query_moment ``[Hk, d,
-    d]`` (of q q^T over all query heads of a KV head), ``tokens``.
+    d]`` (of q q^T over all query heads of a KV head), ``tokens``; of first tokens of sequences, whose keys are unlike all others
+    and count in none of these, sink_sum ``[Hk, d]``, ``sinks``.
     """
 
     def __init__(self, kv_heads: int, head_size: int, device: torch.device) -> None:
@@ -21,10 +25,18 @@ class KeyStatistics:
         self.key_sum = torch.zeros(kv_heads, head_size, dtype=torch.float64, device=device)
         self.key_moment = torch.zeros(kv_heads, head_size, head_size, dtype=torch.float64, device=device)
         self.query_moment = torch.zeros_like(self.key_moment)
+        self.sinks = 0.0
+        self.sink_sum = torch.zeros_like(self.key_sum)
 
     def add(self, query: torch.Tensor, key: torch.Tensor) -> None:
-        """query: floating ``[T, Hq, d]``, key: floating ``[T, Hk, d]``; query heads of a KV head lie side by side."""
+        """One sequence from its start, at positions 0, 1, ...
+
+        query: floating ``[T, Hq, d]``, key: floating ``[T, Hk, d]``; query heads of a KV head lie side by side.
+        """
         heads = key.shape[1]
+        self.sinks += 1
+        self.sink_sum += key[0]
+        query, key = query[SKIPPED:], key[SKIPPED:]
         self.tokens += key.shape[0]
         # Products of a chunk in fp32, whose sums of squares err by 1e-6; sums of chunks in fp64.
         k, q = key.float().transpose(0, 1), query.float().unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
@@ -45,6 +57,8 @@ class KeyStatistics:
             result.query_moment += r @ self.query_moment @ r.T
             count += 1
         result.tokens = self.tokens * count
+        # Sequences start at position 0 wherever their later tokens are.
+        result.sinks, result.sink_sum = self.sinks, self.sink_sum
         return result
 
     def basis(self, *, centred: bool = True, balanced: bool = True) -> KeyBasis:
@@ -60,4 +74,5 @@ class KeyStatistics:
         if not (moment.isfinite().all() and self.query_moment.isfinite().all()):
             raise ValueError("keys or queries of the calibration run are not finite")
         eye = torch.eye(mean.shape[1], dtype=torch.float64, device=mean.device).expand_as(moment)
-        return key_basis(balanced_transform(moment, self.query_moment / self.tokens) if balanced else eye, mean)
+        transform = balanced_transform(moment, self.query_moment / self.tokens) if balanced else eye
+        return key_basis(transform, mean, self.sink_sum / self.sinks)

@@ -35,6 +35,7 @@ def _store_kernel(
     cache,
     key_matrix,
     key_mean,
+    key_offset,
     value_matrix,
     sketch,
     key_table,
@@ -89,14 +90,15 @@ def _store_kernel(
         if BASIS:
             key_matrix += head * D * D
             key_mean += head * D
+            key_offset += head * D
         store_side(
-            x, unit, token, live, key_matrix, key_mean, sketch, key_table, key_scalars, key_norms, group,
+            x, unit, token, live, key_matrix, key_mean, key_offset, sketch, key_table, key_scalars, key_norms, group,
             KEY_BITS, KEY_SKETCH, KEY_LEVELS, KEY_PER_SIGMA, K0, K1, K2, D, GROUP, GP, CANDIDATES, KEY_SIGNS, BASIS, PRE,
         )  # fmt: skip
     else:
         x = value + t * value_stride_token + head * value_stride_head
         store_side(
-            x, unit, token, live, value_matrix, value_matrix, sketch, value_table, value_scalars, value_scalars, group,
+            x, unit, token, live, value_matrix, key_mean, key_offset, sketch, value_table, value_scalars, value_scalars, group,
             VALUE_BITS, False, VALUE_LEVELS, VALUE_PER_SIGMA, V0, V1, V2, D, GROUP, GP, CANDIDATES, VALUE_SIGNS, False, PRE,
         )  # fmt: skip
 
@@ -141,7 +143,8 @@ def store(
         value,
         slot_mapping,
         key_matrix=basis.forward if based else matrix,
-        key_mean=basis.mean if based else matrix,
+        key_mean=basis.mean if based else None,
+        key_offset=basis.offset if based else None,
         value_matrix=matrix,
         sketch=sketch,
         tokens=tokens,

@@ -99,12 +99,17 @@ def codes_to_vectors(
     live,
     scalars,
     levels,
+    offset,
+    OFFSET: tl.constexpr,
     BITS: tl.constexpr,
     D: tl.constexpr,
     GROUP: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """fp32 [N, DP]: what Algorithm 1 gives back, in the rotated basis; finite and 0 where not live."""
+    """fp32 [N, DP]: what Algorithm 1 gives back, in the basis of storage; finite and 0 where not live.
+
+    OFFSET: keys under a basis, whose scale's sign tells of two means; offset [D]: from the first to the second.
+    """
     inside = live[:, None] & (tl.arange(0, DP) < D)[None, :]
     if BITS == 32:
         return tl.where(inside, codes.to(tl.float32, bitcast=True), 0.0)
@@ -112,4 +117,11 @@ def codes_to_vectors(
         return tl.where(inside, e4m3_to_float(codes), 0.0)
     else:
         level = tl.load(levels + (codes & ((1 << BITS) - 1)))
-        return tl.where(inside, level * load_scalars(unit, token, live, scalars, D, GROUP, DP), 0.0)
+        scale = load_scalars(unit, token, live, scalars, D, GROUP, DP)
+        if OFFSET:
+            d = tl.arange(0, DP)
+            second = tl.load(offset + d, mask=d < D, other=0.0)[None, :]
+            y = level * tl.abs(scale) + tl.where(scale.to(tl.int32, bitcast=True) < 0, second, 0.0)
+        else:
+            y = level * scale
+        return tl.where(inside, y, 0.0)

@@ -45,10 +45,8 @@ def reference_divergence(path, texts, preset):
         blocks = -(-batch * length // 16)
         cache = torch.zeros(blocks, heads, 16, fmt.slot_bytes, dtype=torch.uint8, device=x_key.device)
         reference.store(*rows, cache, torch.arange(batch * length, device=cache.device), fmt)
-        loaded = reference.load(cache, torch.arange(blocks, device=cache.device), fmt)
-        sides = zip(loaded, (fmt.preset.key, fmt.preset.value), strict=True)
-        turned = [reference._rotate(x[: batch * length], fmt, codec, 0, inverse=True) for x, codec in sides]
-        return [x.to(x_key.dtype).view(batch, length, heads, d).transpose(1, 2) for x in turned]
+        loaded = reference.load_vectors(cache, torch.arange(blocks, device=cache.device), fmt)
+        return [x[: batch * length].to(x_key.dtype).view(batch, length, heads, d).transpose(1, 2) for x in loaded]
 
     def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **rest):
         if state["codec"]:

@@ -80,9 +80,9 @@ def spread(rng: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def random_basis(rng: torch.Generator, heads: int, d: int, mean: float = 30.0) -> KeyBasis:
-    """A basis fitted to random keys and queries, with a mean of that size."""
+    """A basis fitted to random keys and queries, with two means of that size."""
     transform = balanced_transform(spread(rng, heads, d), spread(rng, heads, d))
-    return key_basis(transform, torch.randn(heads, d, generator=rng) * mean)
+    return key_basis(transform, *(torch.randn(heads, d, generator=rng) * mean for _ in range(2)))
 
 
 def make_batch(
@@ -99,7 +99,7 @@ def make_batch(
 ) -> Batch:
     """Random requests, stored through random block tables into a pool whose every other byte is ``poison``.
 
-    basis: keys lie around its mean and are stored under it.
+    basis: keys lie around its mean, those of first tokens around the other, and are stored under it.
 
     The pool is a padded view with a storage offset, so that recomputed strides show.
     """
@@ -125,6 +125,7 @@ def make_batch(
         slots = table[request, position // block_size].to(torch.int64) * block_size + position % block_size
         if basis is not None:
             k += basis.mean.cpu()
+            k[:1] += (basis.sink_mean - basis.mean).cpu()
         k, v = k.to(device), v.to(device)
         store(k, v, cache, slots.to(device), fmt, basis)
         keys.append(k)

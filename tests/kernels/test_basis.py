@@ -8,7 +8,7 @@ import torch
 from vllm_turboquant.kernels import reference
 from vllm_turboquant.kernels.basis import balanced_transform, key_basis
 from vllm_turboquant.kernels.format import PRESETS, page_format
-from vllm_turboquant.kernels.statistics import KeyStatistics
+from vllm_turboquant.kernels.statistics import SKIPPED, KeyStatistics
 
 from .oracle import random_basis, spread
 
@@ -74,6 +74,7 @@ def test_pages_under_a_basis_attend_as_their_decoded_vectors_do(rng, preset, d):
     length, blocks = 45, 3
     key, value = (torch.randn(length, HEADS, d, generator=rng, dtype=torch.float64) for _ in range(2))
     key = key + basis.mean
+    key[:2] += basis.sink_mean - basis.mean
     cache = torch.full((blocks, HEADS, 16, fmt.slot_bytes), 0xFF, dtype=torch.uint8)
     reference.store(key, value, cache, torch.arange(length), fmt, basis)
     cache[-1, :, length % 16 :] = 0
@@ -103,6 +104,25 @@ def test_a_mean_costs_no_accuracy(rng):
     assert errors[0] < 0.0085 < 1 < errors[1]
 
 
+@pytest.mark.parametrize(("d", "preset"), [(64, "turboquant"), (256, "turboquant-k3v3"), (128, "turboquant-k4v4-qjl")])
+def test_first_tokens_are_stored_around_their_own_mean(rng, d, preset):
+    """Alike in all texts and far from other keys: codes around the second mean are as fine as the keys' spread there."""
+    fmt = page_format(preset, d)
+    mean, sink = (torch.randn(HEADS, d, generator=rng) * 20 for _ in range(2))
+    key = torch.randn(32, HEADS, d, generator=rng) + mean
+    key[::16] = 0.1 * torch.randn(2, HEADS, d, generator=rng) + sink
+    errors = []
+    for basis in (key_basis(torch.eye(d).expand(HEADS, d, d), mean, sink), key_basis(torch.eye(d).expand(HEADS, d, d), mean)):
+        cache = torch.zeros(2, HEADS, 16, fmt.slot_bytes, dtype=torch.uint8)
+        reference.store(key, key, cache, torch.arange(32), fmt, basis)
+        error = (reference.load_vectors(cache, torch.arange(2), fmt, basis)[0] - key) ** 2
+        errors.append((float(error[::16].mean()), float(error[1:16].mean())))
+    print("errors of (first tokens, others) with two means and with one", errors)
+    # The distance of two such means is 28 a dim: 80,000 times the variance around the second one.
+    assert errors[0][0] < 1e-3 * errors[1][0]
+    assert errors[0][1] == errors[1][1]
+
+
 def rotary(d, position):
     """Neox-style rotary embedding of one position as a matrix ``[d, d]``."""
     angle = position * 100.0 ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2))
@@ -118,9 +138,11 @@ def test_turned_statistics_are_those_of_turned_vectors(rng):
         statistics.add(query[part], key[part])
     turns = [rotary(d, p) for p in shifts]
     for turn in turns:
-        truth.add(query @ turn.T, key @ turn.T)
+        for part in (slice(0, 20), slice(20, tokens)):
+            truth.add(query[part] @ turn.T, key[part] @ turn.T)
     spread = statistics.spread(turns)
-    assert spread.tokens == truth.tokens == tokens * len(shifts)
+    assert spread.tokens == truth.tokens == (tokens - 2 * SKIPPED) * len(shifts)
+    assert spread.sinks == 2 and torch.allclose(spread.sink_sum, key[0] + key[20])
     for name in ("key_sum", "key_moment", "query_moment"):
         # Of fp32 products of 50 tokens.
         assert torch.allclose(getattr(spread, name), getattr(truth, name), rtol=1e-4, atol=1e-3), name
@@ -132,7 +154,7 @@ def test_query_heads_belong_to_their_key_head(rng):
     query[:, GROUP:] *= 10
     statistics = KeyStatistics(HEADS, d, torch.device("cpu"))
     statistics.add(query, torch.randn(40, HEADS, d, generator=rng))
-    sizes = statistics.query_moment.diagonal(dim1=-2, dim2=-1).sum(-1) / 40
+    sizes = statistics.query_moment.diagonal(dim1=-2, dim2=-1).sum(-1) / statistics.tokens
     assert sizes[0] == pytest.approx(GROUP * d, rel=0.3) and sizes[1] == pytest.approx(100 * GROUP * d, rel=0.3)
 
 
@@ -163,6 +185,6 @@ def test_fitted_basis_carries_anisotropic_keys_better(rng):
 
 def test_broken_sums_are_refused():
     statistics = KeyStatistics(1, 16, torch.device("cpu"))
-    statistics.add(torch.ones(3, 1, 16), torch.full((3, 1, 16), math.inf))
+    statistics.add(torch.ones(9, 1, 16), torch.full((9, 1, 16), math.inf))
     with pytest.raises(ValueError, match="not finite"):
         statistics.basis()
