@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 from functools import cache
 
 import torch
 
 from ..format import UNIT_TOKENS, PageFormat
-from ..tables import check_pages
-from .driver import Function
-from .nvrtc import CudaError
+from ..tables import check_context
+from .driver import Function, built, device_index
 from .variant import ContextVariant, supported_pages
-
-logger = logging.getLogger(__name__)
 
 
 class _Params(ctypes.Structure):
@@ -32,11 +28,6 @@ def _function(index: int, variant: ContextVariant) -> Function:
     return Function(variant, index)
 
 
-@cache
-def _warn(reason: str) -> None:
-    logger.warning("The CUDA context loader is not used, the slower portable one is: %s", reason)
-
-
 def prepare(device: torch.device, fmt: PageFormat, block_size: int, dtype: torch.dtype) -> bool:
     """Compiles and loads what `load_context` needs. Whether it can be used here.
 
@@ -45,13 +36,8 @@ def prepare(device: torch.device, fmt: PageFormat, block_size: int, dtype: torch
     """
     if not supported_pages(fmt, block_size) or dtype not in (torch.bfloat16, torch.float16) or device.type != "cuda":
         return False
-    index = torch.cuda.current_device() if device.index is None else device.index
-    try:
-        _function(index, ContextVariant(fmt, block_size, dtype == torch.bfloat16))
-    except CudaError as error:
-        _warn(str(error))
-        return False
-    return True
+    variant = ContextVariant(fmt, block_size, dtype == torch.bfloat16)
+    return built("context loader", lambda: _function(device_index(device), variant))
 
 
 def _arguments(
@@ -65,13 +51,12 @@ def _arguments(
     fmt: PageFormat,
 ) -> tuple[ContextVariant, _Params, int]:
     """The kernel, its parameters and its CTAs, 0 where there is nothing to do."""
-    heads, d = key.shape[1:]
-    check_pages(cache, fmt, heads)
-    assert supported_pages(fmt, cache.shape[2]) and d == fmt.head_size
-    assert key.shape == value.shape and key.dtype == value.dtype and key.dtype in (torch.bfloat16, torch.float16)
-    assert key.stride() == value.stride() and key.stride(2) == 1 and key.stride(0) % 8 == 0 and key.stride(1) % 8 == 0
+    heads = key.shape[1]
+    check_context(cache, block_table, first, start_loc, key, value, fmt)
+    assert supported_pages(fmt, cache.shape[2])
+    assert key.dtype == value.dtype and key.dtype in (torch.bfloat16, torch.float16)
+    assert key.stride(0) % 8 == 0 and key.stride(1) % 8 == 0, "rows are written 16 bytes at a time"
     assert key.data_ptr() % 16 == 0 and value.data_ptr() % 16 == 0, "rows are written 16 bytes at a time"
-    assert block_table.stride(1) == 1 and first.is_contiguous() and start_loc.is_contiguous()
     assert block_table.dtype == first.dtype == start_loc.dtype == torch.int32
     requests = first.shape[0]
     variant = ContextVariant(fmt, cache.shape[2], key.dtype == torch.bfloat16)

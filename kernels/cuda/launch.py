@@ -7,7 +7,6 @@ stream, with a grid that depends on the device alone. Launches on one device sha
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
 from functools import cache
 
@@ -15,11 +14,9 @@ import torch
 
 from ..format import PageFormat
 from ..tables import check_pages
-from .driver import Device, Kernel, device_facts
+from .driver import Device, Kernel, built, device_facts, device_index
 from .nvrtc import CudaError
 from .variant import Options, Tuning, Variant, padded_rows, supported
-
-logger = logging.getLogger(__name__)
 
 _BULK_ARCH = 90
 _RESERVED_SHARED = 1024  # bytes of each block that are the system's
@@ -65,11 +62,6 @@ def _counters(index: int) -> torch.Tensor:
     return torch.zeros(_MAX_GRID, dtype=torch.int32, device=f"cuda:{index}")
 
 
-@cache
-def _warn(reason: str) -> None:
-    logger.warning("The CUDA decode is not used, the slower portable one is: %s", reason)
-
-
 def scratch_floats(group: int, head_size: int, max_query_len: int, device: torch.device) -> int:
     """fp32 scratch elements that any `decode` of this shape needs on ``device``; no batch size or length matters.
 
@@ -77,7 +69,7 @@ def scratch_floats(group: int, head_size: int, max_query_len: int, device: torch
     """
     rows = padded_rows(group, max_query_len)
     ctas = max(t[2] for t in (_TUNINGS_WIDE if head_size == 256 or rows > 8 else _TUNINGS))
-    multiprocessors = device_facts(_index(device)).multiprocessors
+    multiprocessors = device_facts(device_index(device)).multiprocessors
     return 2 * multiprocessors * ctas * rows * (head_size + 4)
 
 
@@ -103,18 +95,12 @@ def prepare(
         return False
     if sinks not in (None, torch.float32, dtype) or device.type != "cuda":
         return False
-    index = _index(device)
-    try:
-        _kernel(index, _options(fmt, block_size, dtype, group, max_query_len, window, soft_cap, sinks))
-    except CudaError as error:
-        _warn(str(error))
+    index = device_index(device)
+    options = _options(fmt, block_size, dtype, group, max_query_len, window, soft_cap, sinks)
+    if not built("decode", lambda: _kernel(index, options)):
         return False
     _counters(index)
     return True
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _options(

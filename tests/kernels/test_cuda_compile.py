@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_turboquant.kernels.codebook import LEVELS
-from vllm_turboquant.kernels.cuda import context, launch, nvrtc
+from vllm_turboquant.kernels.cuda import context, driver, launch, nvrtc
 from vllm_turboquant.kernels.cuda.driver import Device
 from vllm_turboquant.kernels.cuda.variant import (
     BITS,
@@ -171,7 +171,7 @@ def test_a_machine_without_nvrtc_says_so_once(monkeypatch, caplog):
     def missing(*_):
         raise nvrtc.CudaError("NVRTC is not usable: gone")
 
-    launch._warn.cache_clear()
+    driver._warn.cache_clear()
     monkeypatch.setattr(launch, "_kernel", missing)
     arguments = (torch.device("cuda", 0), page_format("turboquant", 128), 16, torch.bfloat16, 4, 1)
     assert not launch.prepare(*arguments) and not launch.prepare(*arguments)
@@ -184,7 +184,7 @@ def test_so_does_the_context_loader(monkeypatch, caplog):
     def missing(*_):
         raise nvrtc.CudaError("NVRTC is not usable: gone")
 
-    context._warn.cache_clear()
+    driver._warn.cache_clear()
     monkeypatch.setattr(context, "_function", missing)
     card, fmt = torch.device("cuda", 0), page_format("turboquant", 128)
     assert not context.prepare(card, fmt, 16, torch.bfloat16) and not context.prepare(card, fmt, 16, torch.bfloat16)
