@@ -17,26 +17,6 @@ DEVICE void clear_dead_rows(const Params &p) {
   }
 }
 
-// Rotated queries of a segment's columns, their factors and causal limits, to shared memory.
-DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float *factors, int *limits, u32 signs, int warp,
-                         int lane) {
-  for (int column = warp; column < COLUMNS; column += WARPS) {
-    Row row = row_of(p, s.request, s.head, column);
-    u16 *target = queries + column * D;
-    float factor = 0;
-    if (row.live) {
-      factor = rotate_query(p.query + row.token * p.query_token + row.head * p.query_head, target, signs, p.score_scale, lane);
-    } else {
-#pragma unroll
-      for (int i = 0; i < LANE_DIMS; i += 2) *(u32 *)(target + lane * LANE_DIMS + i) = 0;
-    }
-    if (lane == 0) {
-      factors[column] = factor;
-      limits[column] = row.live ? s.request.length - s.request.rows + (row.token - s.request.start) + 1 : 0;
-    }
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_decode(const Params p) {
   extern __shared__ __align__(128) u8 shared[];
   const int lane = lane_id(), warp = shuffle(thread_id() >> 5, 0), g = lane >> 2, t = lane & 3;
@@ -76,7 +56,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
   while (true) {
     const Segment s = next;
     load_queries(p, s, queries, factors, limits, signs, warp, lane);
-    sync_block();
     State state;
     begin_state(state, queries, factors, g, t);
     const int first_token = (s.request.first + s.begin) * 16;

@@ -12,9 +12,11 @@ from functools import cache
 
 import torch
 
+from ..basis import KeyBasis
 from ..format import PageFormat
 from ..tables import check_pages
 from .driver import Device, Kernel, built, device_facts, device_index
+from .fragments import query_fragments
 from .nvrtc import CudaError
 from .variant import Options, Tuning, Variant, padded_rows, supported
 
@@ -37,6 +39,7 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("cache_block", "cache_head", "table_request")),
         *((name, ctypes.c_int) for name in ("requests", "kv_heads", "group", "max_query_len", "window")),
         *((name, ctypes.c_float) for name in ("score_scale", "out_scale", "soft_cap")),
+        ("basis", ctypes.c_void_p),
     )
 
 
@@ -84,22 +87,25 @@ def prepare(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.dtype | None = None,
+    basis: KeyBasis | None = None,
 ) -> bool:
     """Compiles and loads what `decode` needs for these options. Whether the CUDA decode can be used for them here.
 
     dtype: of query and output, bf16 or fp16. group: query heads a KV head. sinks: dtype of the sinks, fp32 or ``dtype``.
-    Call at warm-up, on every device and before capturing graphs. Where a supported kernel cannot be built, one warning is
-    logged.
+    basis: of the layer's keys, on ``device``; its matrices are put in order here. Call at warm-up, on every device and before
+    capturing graphs. Where a supported kernel cannot be built, one warning is logged.
     """
     if not supported(fmt, block_size, group, max_query_len) or dtype not in (torch.bfloat16, torch.float16):
         return False
     if sinks not in (None, torch.float32, dtype) or device.type != "cuda":
         return False
     index = device_index(device)
-    options = _options(fmt, block_size, dtype, group, max_query_len, window, soft_cap, sinks)
+    options = _options(fmt, block_size, dtype, group, max_query_len, window, soft_cap, sinks, basis is not None)
     if not built("decode", lambda: _kernel(index, options)):
         return False
     _counters(index)
+    if basis is not None:
+        query_fragments(basis)
     return True
 
 
@@ -112,9 +118,10 @@ def _options(
     window: int | None,
     soft_cap: float | None,
     sinks: torch.dtype | None,
+    basis: bool,
 ) -> Options:
-    sink_bits = 0 if sinks is None else 8 * sinks.itemsize
-    return Options(fmt, block_size, dtype == torch.bfloat16, group, max_query_len, bool(window), bool(soft_cap), sink_bits)
+    sink_bits, bf16 = 0 if sinks is None else 8 * sinks.itemsize, dtype == torch.bfloat16
+    return Options(fmt, block_size, bf16, group, max_query_len, bool(window), bool(soft_cap), sink_bits, basis)
 
 
 def _arguments(
@@ -132,6 +139,7 @@ def _arguments(
     window: int | None,
     soft_cap: float | None,
     sinks: torch.Tensor | None,
+    basis: KeyBasis | None,
 ) -> tuple[Options, _Params]:
     """The kernel's options and parameters."""
     _, heads, d = query.shape
@@ -146,6 +154,9 @@ def _arguments(
     assert scratch.dtype == torch.float32 and scratch.data_ptr() % 16 == 0 and scratch.is_contiguous()
     assert sinks is None or (sinks.is_contiguous() and sinks.dtype in (torch.float32, query.dtype))
     rotation = 1 / math.sqrt(d)
+    fragments = None if basis is None else query_fragments(basis)
+    assert fragments is None or (len(fragments) == kv_heads and fragments.device == cache.device)
+    assert basis is None or basis.mean.shape[1] == d
     params = _Params(
         query.data_ptr(),
         out.data_ptr(),
@@ -168,12 +179,13 @@ def _arguments(
         group,
         max_query_len,
         window or 0,
-        scale * rotation * math.log2(math.e),
+        scale * (rotation if basis is None else 1.0) * math.log2(math.e),
         rotation,
         (soft_cap or 0.0) * math.log2(math.e),
+        0 if fragments is None else fragments.data_ptr(),
     )
-    sinks_dtype = None if sinks is None else sinks.dtype
-    return _options(fmt, block_size, query.dtype, group, max_query_len, window, soft_cap, sinks_dtype), params
+    sink = None if sinks is None else sinks.dtype
+    return _options(fmt, block_size, query.dtype, group, max_query_len, window, soft_cap, sink, basis is not None), params
 
 
 def decode(
@@ -191,14 +203,16 @@ def decode(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    basis: KeyBasis | None = None,
 ) -> None:
     """Attention of the last ``query_start_loc[r + 1] - query_start_loc[r]`` (at most ``max_query_len``) tokens of each request.
 
     query, out: bf16 or fp16, both alike, ``[T, Hq, d]``; rows of requests are written, those of length 0 as zeros. cache:
     uint8 ``[B, Hk, N, C]``. block_table: int32 ``[R, *]``; entries past a length or wholly before a window are never read.
     seq_lens: int32 ``[R]``, query tokens included. query_start_loc: int32 ``[R + 1]``. scratch: fp32, at least
-    ``scratch_floats(...)`` elements, contents free. scale: above 0. sinks: ``[Hq]`` logits without a value. Raises CudaError
-    where `prepare` with the same options is False.
+    ``scratch_floats(...)`` elements, contents free. scale: above 0. sinks: ``[Hq]`` logits without a value. basis: under which
+    the keys were stored, on the cache's device; without a mean where there are soft cap or sinks, for all logits of a query
+    are shifted alike. Raises CudaError where `prepare` with the same options is False.
     """
     index = cache.device.index
     options, params = _arguments(
@@ -216,6 +230,7 @@ def decode(
         window,
         soft_cap,
         sinks,
+        basis,
     )
     assert scratch.numel() >= scratch_floats(options.group, fmt.head_size, max_query_len, cache.device)
     kernel = _kernel(index, options)

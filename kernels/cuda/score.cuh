@@ -32,15 +32,20 @@ struct Bounds {
   const int *limits;   // [COLUMNS], first token that a column does not see
 };
 
+// Operands of MMA tile `n`: two words a step, in the order in which a lane holds a row of keys.
+DEVICE void load_operands(u32 *operands, const u16 *queries, int n, int g, int t) {
+#pragma unroll
+  for (int panel = 0; panel < PANELS; panel++)
+#pragma unroll
+    for (int o = 0; o < KEY_OCTETS; o++)
+      load_shared_128(shared_address(queries + (n * 8 + g) * D + panel * 128 + t * KEY_RUN + o * 8),
+                      operands + 4 * (panel * KEY_OCTETS + o));
+}
+
 DEVICE void begin_state(State &a, const u16 *queries, const float *factors, int g, int t) {
 #pragma unroll
   for (int n = 0; n < TILES; n++) {
-#pragma unroll
-    for (int panel = 0; panel < PANELS; panel++)
-#pragma unroll
-      for (int o = 0; o < KEY_OCTETS; o++)
-        load_shared_128(shared_address(queries + (n * 8 + g) * D + panel * 128 + t * KEY_RUN + o * 8),
-                        a.query[n] + 4 * (panel * KEY_OCTETS + o));
+    load_operands(a.query[n], queries, n, g, t);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       a.factor[n][e] = factors[n * 8 + 2 * t + e];

@@ -20,7 +20,7 @@ MAX_QUERY_LEN = 8
 MAX_GROUP = 16
 _PANEL = 128  # dims of K that share an MMA accumulator and a scale
 # In the order in which they are joined.
-SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "score", "attend", "decode")
+SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "score", "attend", "queries", "decode")
 CONTEXT_SOURCES = ("ptx", "codes", "unrotate", "context")
 
 
@@ -73,7 +73,9 @@ def supported(fmt: PageFormat, block_size: int, group: int, max_query_len: int) 
 
 @dataclass(frozen=True)
 class Options:
-    """What of a decode is compiled in. ``bf16``: of query and output, fp16 otherwise; ``sink_bits``: of a sink, 0 without."""
+    """What of a decode is compiled in. ``bf16``: of query and output, fp16 otherwise; ``sink_bits``: of a sink, 0 without;
+    ``basis``: keys are stored under a `KeyBasis`.
+    """
 
     fmt: PageFormat
     block_size: int
@@ -83,6 +85,7 @@ class Options:
     window: bool = False
     soft_cap: bool = False
     sink_bits: int = 0
+    basis: bool = False
 
     @property
     def rows(self) -> int:
@@ -133,6 +136,7 @@ class Variant:
             "WINDOW": int(o.window),
             "SOFT_CAP": int(o.soft_cap),
             "SINK_BITS": o.sink_bits,
+            "KEY_BASIS": int(o.basis),
             "SHARED_BYTES": self.shared_bytes,
             "VALUE_LEVELS": level_table(o.fmt.preset.value.bits, bfloat if o.bf16 else half),
         }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_turboquant.kernels.basis import KeyBasis
 from vllm_turboquant.kernels.format import PageFormat
 from vllm_turboquant.kernels.reference import load
 from vllm_turboquant.kernels.rotation import rotation
@@ -81,9 +82,11 @@ def make_batch(
     seed: int,
     poison: int = 0xFF,
     device: str = "cpu",
+    basis: KeyBasis | None = None,
 ) -> Batch:
     """Random requests, stored through random block tables into a pool whose every other byte is ``poison``.
 
+    Keys lie around the basis's mean, which is on ``device``.
     The pool is a padded view with a storage offset, so that recomputed strides show.
     """
     from vllm_turboquant.kernels.reference import store
@@ -107,7 +110,9 @@ def make_batch(
         position = torch.arange(length)
         slots = table[request, position // block_size].to(torch.int64) * block_size + position % block_size
         k, v = k.to(device), v.to(device)
-        store(k, v, cache, slots.to(device), fmt)
+        if basis is not None:
+            k = k + basis.mean
+        store(k, v, cache, slots.to(device), fmt, basis)
         keys.append(k)
         values.append(v)
     starts = torch.tensor([0, *torch.tensor(query_lengths).cumsum(0).tolist()], dtype=torch.int32)
