@@ -45,11 +45,6 @@ def query_fragments(basis: KeyBasis) -> torch.Tensor:
     return _records(matrix, power, rows, 1)
 
 
-def key_parts(bf16: bool) -> int:
-    """fp16 parts of a matrix that turns keys back. One errs like 11 bits of a key, far below a bf16 output's rounding."""
-    return 1 if bf16 else 2
-
-
 @_kept
 def key_fragments(basis: KeyBasis, parts: int) -> torch.Tensor:
     """What turns decoded keys back: uint8 ``[Hk, 2 parts d^2 + 16 + 4 d]``, on the basis's device.

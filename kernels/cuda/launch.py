@@ -154,9 +154,10 @@ def _arguments(
     assert scratch.dtype == torch.float32 and scratch.data_ptr() % 16 == 0 and scratch.is_contiguous()
     assert sinks is None or (sinks.is_contiguous() and sinks.dtype in (torch.float32, query.dtype))
     rotation = 1 / math.sqrt(d)
-    fragments = None if basis is None else query_fragments(basis)
-    assert fragments is None or (len(fragments) == kv_heads and fragments.device == cache.device)
-    assert basis is None or basis.mean.shape[1] == d
+    fragments = None
+    if basis is not None:
+        fragments = query_fragments(basis)
+        assert basis.mean.shape == (kv_heads, d) and fragments.device == cache.device
     params = _Params(
         query.data_ptr(),
         out.data_ptr(),

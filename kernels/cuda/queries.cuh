@@ -13,7 +13,8 @@ DEVICE void load_rows(const u8 *matrix, int tile, int first, int lane, u32 (*row
     load_page_128(matrix + (tile * MATRIX_TILES + first + i) * 512 + lane * 16, rows[i]);
 }
 
-// Queries in shared memory become matrix times query, 16 dims of all columns a warp at a time. `rows`: the first, if ROWS_AHEAD.
+// Queries in shared memory become matrix times query; a warp computes 16 dims of all columns at a time. `rows`: its first, if
+// ROWS_AHEAD.
 DEVICE void turn_queries(const u8 *matrix, u32 (*rows)[4], u16 *queries, int warp, int lane) {
   const int g = lane >> 2, t = lane & 3;
   u32 operands[TILES][D / 8];

@@ -21,7 +21,7 @@ MAX_GROUP = 16
 _PANEL = 128  # dims of K that share an MMA accumulator and a scale
 # In the order in which they are joined.
 SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "score", "attend", "queries", "decode")
-CONTEXT_SOURCES = ("ptx", "codes", "unrotate", "context")
+CONTEXT_SOURCES = ("ptx", "codes", "unrotate", "basis", "context")
 
 
 class Program(Protocol):
@@ -145,7 +145,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class ContextVariant:
-    """One compiled context loader. ``bf16``: of the workspaces, fp16 otherwise."""
+    """One compiled context loader. ``bf16``: of the workspaces, fp16 otherwise; ``basis``: keys are under a `KeyBasis`."""
 
     sources: ClassVar[tuple[str, ...]] = CONTEXT_SOURCES
     entry: ClassVar[str] = "turboquant_context"
@@ -154,6 +154,7 @@ class ContextVariant:
     fmt: PageFormat
     block_size: int
     bf16: bool
+    basis: bool = False
 
     @property
     def threads(self) -> int:
@@ -163,12 +164,19 @@ class ContextVariant:
     def shared_bytes(self) -> int:
         return 0
 
+    @property
+    def matrix_parts(self) -> int:
+        """fp16 parts of a basis's matrix. One errs like 11 bits of a key, far below a bf16 output's rounding."""
+        return 1 if self.bf16 else 2
+
     def macros(self) -> dict[str, str]:
         """Every ``-D`` of the sources."""
         values: dict[str, int | str] = {
             "WARPS": self.warps,
-            "MIN_CTAS": 4 if self.fmt.head_size == 256 else 5,  # what their registers allow
+            "MIN_CTAS": (4 if self.fmt.head_size == 256 else 5) - self.basis,  # what their registers allow
             "OUTPUT_BF16": int(self.bf16),
+            "KEY_BASIS": int(self.basis),
+            "MATRIX_PARTS": self.matrix_parts,
             "VALUE_LEVELS": level_table(self.fmt.preset.value.bits, half),
         }
         return page_macros(self.fmt, self.block_size) | {name: str(value) for name, value in values.items()}

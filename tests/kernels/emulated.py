@@ -56,7 +56,7 @@ def decode(
     return out[:tokens]
 
 
-def load_context(cache, block_table, first, start_loc, longest, key, value, fmt):
+def load_context(cache, block_table, first, start_loc, longest, key, value, fmt, basis=None):
     """What `context.load_context` computes, on CPU tensors."""
-    variant, params, grid = context._arguments(cache, block_table, first, start_loc, longest, key, value, fmt)
+    variant, params, grid = context._arguments(cache, block_table, first, start_loc, longest, key, value, fmt, basis)
     compiled(variant)(ctypes.byref(params), grid)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_turboquant.kernels import reference
 from vllm_turboquant.kernels.basis import KeyBasis
 from vllm_turboquant.kernels.cuda.variant import HEAD_SIZES, Tuning
 from vllm_turboquant.kernels.format import page_format
@@ -10,6 +11,8 @@ from vllm_turboquant.kernels.format import page_format
 from . import emulated
 from .oracle import make_batch
 from .test_basis import HEADS, random_basis
+from .test_context_emulated import PAD, workspaces
+from .test_context_emulated import check as check_context
 from .test_cuda_emulated import BF16, COVERED, FP16, LENGTHS, check
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
@@ -73,12 +76,10 @@ def test_decode_of_keys_and_queries_that_the_basis_fits(dtype, rng, seed):
     basis = random_basis(rng, d)
     fmt = page_format("turboquant", d)
     batch = make_batch(fmt, [tokens], [2], HEADS, 4, 16, seed, basis=basis)
-    from vllm_turboquant.kernels.reference import store
-
     at = torch.arange(tokens)
     slots = batch.block_table[0, at // 16].long() * 16 + at % 16
     keys = torch.einsum("hij,thj->thi", basis.inverse.double(), torch.randn(tokens, HEADS, d, generator=rng).double())
-    store(keys + basis.mean, batch.values[0], batch.cache, slots, fmt, basis)
+    reference.store(keys + basis.mean, batch.values[0], batch.cache, slots, fmt, basis)
     images = batch.query.unflatten(1, (HEADS, 4))
     batch.query = torch.einsum("hij,thgi->thgj", basis.forward.double(), images).flatten(1, 2)
     check(batch, dtype, d**-0.5, 2, basis=basis)
@@ -110,3 +111,54 @@ def test_a_query_that_is_not_finite_spoils_no_other(rng, seed):
     assert out[1, 2].isnan().all()
     out[1, 2] = clean[1, 2]
     assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("dtype", (BF16, FP16))
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("preset", COVERED)
+def test_context_in_every_format(preset, head_size, dtype, rng, seed):
+    """Ranges that begin and end anywhere in units and pages; an empty one; a longest that is only a bound."""
+    basis = random_basis(rng, head_size)
+    batch = make_batch(page_format(preset, head_size), [90] * 6, [1] * 6, HEADS, 1, 32, seed, basis=basis)
+    check_context(batch, [0, 17, 9, 31, 15, 48], [90, 1, 0, 50, 2, 33], dtype, longest=100, basis=basis)
+
+
+@pytest.mark.parametrize("dtype", (BF16, FP16))
+def test_context_errs_little_more_than_its_output_type(dtype, rng, seed):
+    """Around no mean, where rounding of the matrix shows most."""
+    d = 128
+    basis = centred(random_basis(rng, d))
+    batch = make_batch(page_format("turboquant", d), [160], [1], HEADS, 1, 16, seed, basis=basis)
+    truth = reference.load_vectors(batch.cache, batch.block_table[0, :10].long(), batch.fmt, basis)[0]
+    key, value = workspaces(160, HEADS, d, dtype)
+    first, starts = torch.zeros(1, dtype=torch.int32), torch.tensor([PAD, PAD + 160], dtype=torch.int32)
+    emulated.load_context(batch.cache, batch.block_table, first, starts, 160, key, value, batch.fmt, basis)
+    ours, rounding = (float((x.double() - truth).norm()) for x in (key[PAD:-PAD], truth.to(dtype)))
+    print(f"{dtype}: {ours / rounding:.3f} of the output type's own rounding")
+    # 11 bits of the matrix beside the 8 of bf16: 1 / 64 of its energy, times a few for sums that cancel.
+    assert ours < 1.1 * rounding
+
+
+@pytest.mark.parametrize("basis_size", (2.0**-20, 2.0**20))
+def test_context_under_bases_of_any_size(basis_size, rng, seed):
+    plain = centred(random_basis(rng, 128))
+    basis = KeyBasis(plain.forward / basis_size, plain.inverse * basis_size, plain.mean)
+    batch = make_batch(page_format("turboquant", 128), [40], [1], HEADS, 1, 16, seed, basis=plain)
+    check_context(batch, [3], [37], BF16, basis=basis)
+
+
+@pytest.mark.parametrize("head_size", (128, 256))
+def test_a_broken_scale_reaches_one_key(head_size, rng, seed):
+    fmt, basis = page_format("turboquant", head_size), random_basis(rng, head_size)
+    batch = make_batch(fmt, [48], [1], HEADS, 1, 16, seed, basis=basis)
+    tokens = torch.as_strided(
+        batch.cache, (batch.cache.shape[0], fmt.unit_bytes), (batch.cache.stride(0), 1), batch.cache.storage_offset()
+    )
+    for token, group in ((8, 0), (21, fmt.groups - 1)):
+        at = fmt.scalar_offset(token % 16, group, 0)
+        tokens[int(batch.block_table[0, token // 16]), at : at + 2] = 0xFF
+    key, value = workspaces(40, HEADS, head_size, BF16)
+    first, starts = torch.tensor([5], dtype=torch.int32), torch.tensor([PAD, PAD + 40], dtype=torch.int32)
+    emulated.load_context(batch.cache, batch.block_table, first, starts, 40, key, value, fmt, basis)
+    assert key[[PAD + 8 - 5, PAD + 21 - 5], 0].isnan().all() and torch.isfinite(value).all()
+    assert key.isnan().sum() == 2 * head_size

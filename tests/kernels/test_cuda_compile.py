@@ -69,16 +69,17 @@ def test_compiles(arch, preset, head_size, bf16, group, query_len, options):
 
 
 CONTEXT_FAMILIES = [
-    *((90, preset, head_size, True) for preset in COVERED for head_size in HEAD_SIZES),
-    *((90, "turboquant", head_size, False) for head_size in HEAD_SIZES),
-    *((arch, "turboquant", head_size, True) for arch in (80, 89, 100, 120) for head_size in HEAD_SIZES),
+    *((90, preset, head_size, True, False) for preset in COVERED for head_size in HEAD_SIZES),
+    *((90, "turboquant", head_size, False, basis) for head_size in HEAD_SIZES for basis in (False, True)),
+    *((arch, "turboquant", head_size, True, False) for arch in (80, 89, 100, 120) for head_size in HEAD_SIZES),
+    *((arch, "turboquant-k3v3", head_size, True, True) for arch in DEVICES for head_size in (128, 256)),
 ]
 
 
-@pytest.mark.parametrize(("arch", "preset", "head_size", "bf16"), CONTEXT_FAMILIES)
-def test_the_context_loader_compiles_without_spills(arch, preset, head_size, bf16):
+@pytest.mark.parametrize(("arch", "preset", "head_size", "bf16", "basis"), CONTEXT_FAMILIES)
+def test_the_context_loader_compiles_without_spills(arch, preset, head_size, bf16, basis):
     pytest.importorskip("cuda.bindings.nvrtc")
-    variant = ContextVariant(page_format(preset, head_size), 32, bf16)
+    variant = ContextVariant(page_format(preset, head_size), 32, bf16, basis)
     cubin, log = nvrtc.compile_cubin(variant, arch, ("--ptxas-options=-v",))
     assert cubin.startswith(b"\x7fELF")
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log, log
@@ -143,7 +144,7 @@ def test_supported():
 
 
 @pytest.mark.parametrize(
-    ("file", "mirror", "size"), (("params", launch._Params, 17 * 8 + 8 * 4), ("context", context._Params, 11 * 8 + 2 * 4))
+    ("file", "mirror", "size"), (("params", launch._Params, 17 * 8 + 8 * 4), ("context", context._Params, 12 * 8 + 2 * 4))
 )
 def test_parameters_mirror_the_struct(file, mirror, size):
     assert ctypes.sizeof(mirror) == size
