@@ -5,6 +5,7 @@ import torch
 
 from vllm_turboquant.kernels import reference
 from vllm_turboquant.kernels.basis import KeyBasis
+from vllm_turboquant.kernels.cuda import fragments
 from vllm_turboquant.kernels.cuda.variant import HEAD_SIZES, Tuning
 from vllm_turboquant.kernels.format import page_format
 
@@ -162,3 +163,21 @@ def test_a_broken_scale_reaches_one_key(head_size, rng, seed):
     emulated.load_context(batch.cache, batch.block_table, first, starts, 40, key, value, fmt, basis)
     assert key[[PAD + 8 - 5, PAD + 21 - 5], 0].isnan().all() and torch.isfinite(value).all()
     assert key.isnan().sum() == 2 * head_size
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_fragments_are_the_basis_and_made_once(head_size, rng):
+    """Both parts hold the inverse to 22 bits of each row's size; a basis keeps its tensors, whose address graphs hold."""
+    basis = random_basis(rng, head_size)
+    records = fragments.key_fragments(basis, 2)
+    assert fragments.key_fragments(basis, 2) is records and fragments.key_fragments(basis, 1) is not records
+    assert fragments.query_fragments(basis) is fragments.query_fragments(basis)
+    assert records.data_ptr() % 16 == 0 and records.shape[1] % 16 == 0
+    size = 2 * head_size**2
+    parts = [records[:, at : at + size].contiguous().view(torch.float16).double() for at in (0, size)]
+    power = records[:, 2 * size : 2 * size + 4].contiguous().view(torch.float32).double()
+    # Order aside: sorted, for every entry stands once.
+    ours, truth = (((parts[0] + parts[1]) * power).sort().values, basis.inverse.flatten(1).double().sort().values)
+    assert (ours - truth).abs().max() < 2**-22 * truth.abs().max()
+    assert torch.equal(records[:, 2 * size + 16 :].contiguous().view(torch.float32), basis.mean)
+    assert torch.equal(fragments.query_fragments(basis)[:, -16:-12].contiguous().view(torch.float32).log2() % 1, 0 * power)
