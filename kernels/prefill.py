@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .basis import KeyBasis
 from .format import PageFormat
-from .tables import check_pages, level_arguments, next_power_of_2, page_arguments
+from .tables import check_context, level_arguments, next_power_of_2, page_arguments
 from .transform import key_matrix, rotation_matrix, sketch_key_matrix
 from .vectors import codes_to_vectors, load_codes, load_scalars, token_units
 
@@ -155,9 +155,7 @@ def load_context(
     the same device.
     """
     heads, d = key.shape[1:]
-    check_pages(cache, fmt, heads)
-    assert key.stride() == value.stride() and key.stride(2) == 1 and key.shape == value.shape and d == fmt.head_size
-    assert block_table.stride(1) == 1 and first.is_contiguous() and start_loc.is_contiguous()
+    check_context(cache, block_table, first, start_loc, key, value, fmt)
     requests = first.shape[0]
     if longest <= 0 or requests == 0:
         return

@@ -89,6 +89,23 @@ def check_pages(cache: torch.Tensor, fmt: PageFormat, kv_heads: int) -> None:
     assert cache.data_ptr() % 16 == 0 and cache.stride(0) % 16 == 0 and cache.stride(1) % 16 == 0, cache.stride()
 
 
+def check_context(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    first: torch.Tensor,
+    start_loc: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    fmt: PageFormat,
+) -> None:
+    """Asserts what every context loader needs of its arguments: pages as `check_pages` does, ``key`` and ``value`` alike,
+    ``[rows, H, d]``, last dims contiguous, ``first`` and ``start_loc`` contiguous."""
+    heads, d = key.shape[1:]
+    check_pages(cache, fmt, heads)
+    assert key.stride() == value.stride() and key.stride(2) == 1 and key.shape == value.shape and d == fmt.head_size
+    assert block_table.stride(1) == 1 and first.is_contiguous() and start_loc.is_contiguous()
+
+
 def page_arguments(cache: torch.Tensor, fmt: PageFormat) -> dict[str, object]:
     """What every Triton kernel over pages is told of them, by the names of its parameters."""
     keys, values = (side_tables(fmt, kind, cache.device) for kind in ("key", "value"))

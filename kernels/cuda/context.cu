@@ -10,6 +10,9 @@ struct Params {
   u64 out_token, out_head, cache_block, cache_head, table_request;
   int kv_heads;
   int tiles;  // CTAs a request and head
+#if KEY_BASIS
+  const u8 *basis;  // [KV heads][BASIS_BYTES]
+#endif
 };
 
 // Codes of a side's unit, as a lane holds them.
@@ -130,5 +133,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_co
   if (warp & 1)
     decode_unit<true>(p, unit, token, begin, end, p.value + target, lane);
   else
+#if KEY_BASIS
+    decode_keys(unit, p.basis + (u64)head * BASIS_BYTES, token, begin, end, p.key + target, p.out_token, lane);
+#else
     decode_unit<false>(p, unit, token, begin, end, p.key + target, lane);
+#endif
 }

@@ -1,8 +1,10 @@
 // Decode attention over TurboQuant pages in one launch. Work in units of 16 tokens is spread evenly over a fixed grid; the
 // CTAs that share a (request, head) leave partial results, and whichever is last merges them.
 
+#define SECONDS (KEY_BASIS ? PANELS * COLUMNS : 0)
+
 static_assert(SHARED_BYTES == WARPS * STAGES * SLOT_BYTES + WARPS * MERGE_ROWS * (D + 2) * 4 + COLUMNS * (2 * D + 8) +
-                                  WARPS * STAGES * 8 + 16,
+                                  SECONDS * 4 + WARPS * STAGES * 8 + 16,
               "the launcher reserves what the kernel uses");
 
 // Padded requests: their rows become 0.
@@ -17,26 +19,6 @@ DEVICE void clear_dead_rows(const Params &p) {
   }
 }
 
-// Rotated queries of a segment's columns, their factors and causal limits, to shared memory.
-DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float *factors, int *limits, u32 signs, int warp,
-                         int lane) {
-  for (int column = warp; column < COLUMNS; column += WARPS) {
-    Row row = row_of(p, s.request, s.head, column);
-    u16 *target = queries + column * D;
-    float factor = 0;
-    if (row.live) {
-      factor = rotate_query(p.query + row.token * p.query_token + row.head * p.query_head, target, signs, p.score_scale, lane);
-    } else {
-#pragma unroll
-      for (int i = 0; i < LANE_DIMS; i += 2) *(u32 *)(target + lane * LANE_DIMS + i) = 0;
-    }
-    if (lane == 0) {
-      factors[column] = factor;
-      limits[column] = row.live ? s.request.length - s.request.rows + (row.token - s.request.start) + 1 : 0;
-    }
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_decode(const Params p) {
   extern __shared__ __align__(128) u8 shared[];
   const int lane = lane_id(), warp = shuffle(thread_id() >> 5, 0), g = lane >> 2, t = lane & 3;
@@ -45,7 +27,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
   u16 *queries = (u16 *)(parts.peaks + WARPS * MERGE_ROWS * 2);
   float *factors = (float *)(queries + COLUMNS * D);
   int *limits = (int *)(factors + COLUMNS);
-  u64 *barriers = (u64 *)(limits + COLUMNS);
+  float *seconds = (float *)(limits + COLUMNS);
+  u64 *barriers = (u64 *)(seconds + SECONDS);
   int *last = (int *)(barriers + WARPS * STAGES);
   const Levels keys = {KEY_LEVELS}, values = {VALUE_LEVELS};
   const u32 signs = lane_signs(lane);
@@ -75,8 +58,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
   u32 slot = 0, phase = 0;
   while (true) {
     const Segment s = next;
-    load_queries(p, s, queries, factors, limits, signs, warp, lane);
-    sync_block();
+    load_queries(p, s, queries, factors, limits, seconds, signs, warp, lane);
     State state;
     begin_state(state, queries, factors, g, t);
     const int first_token = (s.request.first + s.begin) * 16;
@@ -86,6 +68,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
     bounds.all_see_from = s.request.length - p.window;
     bounds.oldest = s.request.length - s.request.rows + 1 - p.window;
     bounds.limits = limits;
+    bounds.seconds = seconds;
     const int steps = ring.steps;
     int token = first_token + warp * 32;
 #pragma unroll 1

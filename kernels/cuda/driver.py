@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,6 +13,8 @@ import torch
 
 from .nvrtc import CudaError, load_cubin
 from .variant import Program, Variant
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,26 @@ def device_facts(index: int) -> Device:
         p.shared_memory_per_multiprocessor,
         p.shared_memory_per_block_optin,
     )
+
+
+def device_index(device: torch.device) -> int:
+    """Of a CUDA device, the current one where ``device`` names none."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def _warn(what: str, reason: str) -> None:
+    logger.warning("The CUDA %s is not used, the slower portable one is: %s", what, reason)
+
+
+def built(what: str, build: Callable[[], object]) -> bool:
+    """Whether ``build``, which makes the kernel named ``what``, raises no CudaError. Each reason is logged once."""
+    try:
+        build()
+    except CudaError as error:
+        _warn(what, str(error))
+        return False
+    return True
 
 
 def _driver() -> Any:

@@ -7,19 +7,18 @@ stream, with a grid that depends on the device alone. Launches on one device sha
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
 from functools import cache
 
 import torch
 
+from ..basis import KeyBasis
 from ..format import PageFormat
 from ..tables import check_pages
-from .driver import Device, Kernel, device_facts
+from .driver import Device, Kernel, built, device_facts, device_index
+from .fragments import query_fragments
 from .nvrtc import CudaError
 from .variant import Options, Tuning, Variant, padded_rows, supported
-
-logger = logging.getLogger(__name__)
 
 _BULK_ARCH = 90
 _RESERVED_SHARED = 1024  # bytes of each block that are the system's
@@ -40,6 +39,7 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("cache_block", "cache_head", "table_request")),
         *((name, ctypes.c_int) for name in ("requests", "kv_heads", "group", "max_query_len", "window")),
         *((name, ctypes.c_float) for name in ("score_scale", "out_scale", "soft_cap")),
+        ("basis", ctypes.c_void_p),
     )
 
 
@@ -65,11 +65,6 @@ def _counters(index: int) -> torch.Tensor:
     return torch.zeros(_MAX_GRID, dtype=torch.int32, device=f"cuda:{index}")
 
 
-@cache
-def _warn(reason: str) -> None:
-    logger.warning("The CUDA decode is not used, the slower portable one is: %s", reason)
-
-
 def scratch_floats(group: int, head_size: int, max_query_len: int, device: torch.device) -> int:
     """fp32 scratch elements that any `decode` of this shape needs on ``device``; no batch size or length matters.
 
@@ -77,7 +72,7 @@ def scratch_floats(group: int, head_size: int, max_query_len: int, device: torch
     """
     rows = padded_rows(group, max_query_len)
     ctas = max(t[2] for t in (_TUNINGS_WIDE if head_size == 256 or rows > 8 else _TUNINGS))
-    multiprocessors = device_facts(_index(device)).multiprocessors
+    multiprocessors = device_facts(device_index(device)).multiprocessors
     return 2 * multiprocessors * ctas * rows * (head_size + 4)
 
 
@@ -92,29 +87,26 @@ def prepare(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.dtype | None = None,
+    basis: KeyBasis | None = None,
 ) -> bool:
     """Compiles and loads what `decode` needs for these options. Whether the CUDA decode can be used for them here.
 
     dtype: of query and output, bf16 or fp16. group: query heads a KV head. sinks: dtype of the sinks, fp32 or ``dtype``.
-    Call at warm-up, on every device and before capturing graphs. Where a supported kernel cannot be built, one warning is
-    logged.
+    basis: of the layer's keys, on ``device``; its matrices are put in order here. Call at warm-up, on every device and before
+    capturing graphs. Where a supported kernel cannot be built, one warning is logged.
     """
     if not supported(fmt, block_size, group, max_query_len) or dtype not in (torch.bfloat16, torch.float16):
         return False
     if sinks not in (None, torch.float32, dtype) or device.type != "cuda":
         return False
-    index = _index(device)
-    try:
-        _kernel(index, _options(fmt, block_size, dtype, group, max_query_len, window, soft_cap, sinks))
-    except CudaError as error:
-        _warn(str(error))
+    index = device_index(device)
+    options = _options(fmt, block_size, dtype, group, max_query_len, window, soft_cap, sinks, basis is not None)
+    if not built("decode", lambda: _kernel(index, options)):
         return False
     _counters(index)
+    if basis is not None:
+        query_fragments(basis)
     return True
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _options(
@@ -126,9 +118,10 @@ def _options(
     window: int | None,
     soft_cap: float | None,
     sinks: torch.dtype | None,
+    basis: bool,
 ) -> Options:
-    sink_bits = 0 if sinks is None else 8 * sinks.itemsize
-    return Options(fmt, block_size, dtype == torch.bfloat16, group, max_query_len, bool(window), bool(soft_cap), sink_bits)
+    sink_bits, bf16 = 0 if sinks is None else 8 * sinks.itemsize, dtype == torch.bfloat16
+    return Options(fmt, block_size, bf16, group, max_query_len, bool(window), bool(soft_cap), sink_bits, basis)
 
 
 def _arguments(
@@ -146,6 +139,7 @@ def _arguments(
     window: int | None,
     soft_cap: float | None,
     sinks: torch.Tensor | None,
+    basis: KeyBasis | None,
 ) -> tuple[Options, _Params]:
     """The kernel's options and parameters."""
     _, heads, d = query.shape
@@ -160,6 +154,10 @@ def _arguments(
     assert scratch.dtype == torch.float32 and scratch.data_ptr() % 16 == 0 and scratch.is_contiguous()
     assert sinks is None or (sinks.is_contiguous() and sinks.dtype in (torch.float32, query.dtype))
     rotation = 1 / math.sqrt(d)
+    fragments = None
+    if basis is not None:
+        fragments = query_fragments(basis)
+        assert basis.mean.shape == (kv_heads, d) and fragments.device == cache.device
     params = _Params(
         query.data_ptr(),
         out.data_ptr(),
@@ -182,12 +180,13 @@ def _arguments(
         group,
         max_query_len,
         window or 0,
-        scale * rotation * math.log2(math.e),
+        scale * (rotation if basis is None else 1.0) * math.log2(math.e),
         rotation,
         (soft_cap or 0.0) * math.log2(math.e),
+        0 if fragments is None else fragments.data_ptr(),
     )
-    sinks_dtype = None if sinks is None else sinks.dtype
-    return _options(fmt, block_size, query.dtype, group, max_query_len, window, soft_cap, sinks_dtype), params
+    sink = None if sinks is None else sinks.dtype
+    return _options(fmt, block_size, query.dtype, group, max_query_len, window, soft_cap, sink, basis is not None), params
 
 
 def decode(
@@ -205,14 +204,16 @@ def decode(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    basis: KeyBasis | None = None,
 ) -> None:
     """Attention of the last ``query_start_loc[r + 1] - query_start_loc[r]`` (at most ``max_query_len``) tokens of each request.
 
     query, out: bf16 or fp16, both alike, ``[T, Hq, d]``; rows of requests are written, those of length 0 as zeros. cache:
     uint8 ``[B, Hk, N, C]``. block_table: int32 ``[R, *]``; entries past a length or wholly before a window are never read.
     seq_lens: int32 ``[R]``, query tokens included. query_start_loc: int32 ``[R + 1]``. scratch: fp32, at least
-    ``scratch_floats(...)`` elements, contents free. scale: above 0. sinks: ``[Hq]`` logits without a value. Raises CudaError
-    where `prepare` with the same options is False.
+    ``scratch_floats(...)`` elements, contents free. scale: above 0. sinks: ``[Hq]`` logits without a value. basis: under which
+    the keys were stored, on the cache's device; without a mean where there are soft cap or sinks, for all logits of a query
+    are shifted alike. Raises CudaError where `prepare` with the same options is False.
     """
     index = cache.device.index
     options, params = _arguments(
@@ -230,6 +231,7 @@ def decode(
         window,
         soft_cap,
         sinks,
+        basis,
     )
     assert scratch.numel() >= scratch_floats(options.group, fmt.head_size, max_query_len, cache.device)
     kernel = _kernel(index, options)

@@ -12,9 +12,12 @@ struct Params {
   int *counters;   // [CTAs], zero before and after
   u64 query_token, query_head, out_token, out_head, cache_block, cache_head, table_request;
   int requests, kv_heads, group, max_query_len, window;
-  float score_scale;  // softmax scale * log2(e), the rotation's 1 / sqrt(D) included
+  float score_scale;  // softmax scale * log2(e), the rotation's 1 / sqrt(D) included where queries are rotated
   float out_scale;    // the rotation's 1 / sqrt(D)
   float soft_cap;     // * log2(e)
+#if KEY_BASIS
+  const u8 *basis;  // [KV heads][BASIS_BYTES], of `vllm_turboquant.kernels.cuda.fragments.query_fragments`
+#endif
 };
 
 #define COLUMNS (ROWS > 8 ? 16 : 8)  // query rows in MMA columns

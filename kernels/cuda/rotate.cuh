@@ -34,14 +34,16 @@ DEVICE float flipped(float x, u32 signs, int i) { return bits_to_float(float_to_
 
 DEVICE float input_to_float(u16 x) { return INPUT_BF16 ? bits_to_float((u32)x << 16) : f16_low(x); }
 
-// The row's R q / 2^e as fp16 to `target` [D] in shared memory. Returns the factor that turns its products with levels into
-// log2 scores. 2^e is the power of two above the largest |q|, so neither huge nor tiny queries leave fp16's range. Bounds
-// on the factor keep products with any fp16 scale finite; beyond them a softmax is one-hot or flat to fp32's precision.
-DEVICE float rotate_query(const u16 *row, u16 *target, u32 signs, float score_scale, int lane) {
+// The row's R q / 2^e as fp16 to `target` [D] in shared memory; under a key basis q / 2^e, for queries.cuh to turn. Returns
+// the factor that turns its products with levels into log2 scores. 2^e is the power of two above the largest |q|, so neither
+// huge nor tiny queries leave fp16's range. Bounds on the factor keep products with any fp16 scale finite; beyond them a
+// softmax is one-hot or flat to fp32's precision.
+DEVICE float scale_query(const u16 *row, u16 *target, u32 signs, float score_scale, int lane) {
   float x[LANE_DIMS], peak = 0;
 #pragma unroll
   for (int i = 0; i < LANE_DIMS; i++) {
-    x[i] = flipped(input_to_float(row[lane * LANE_DIMS + i]), signs, i);
+    x[i] = input_to_float(row[lane * LANE_DIMS + i]);
+    if (!KEY_BASIS) x[i] = flipped(x[i], signs, i);
     peak = fmaxf(peak, fabsf(x[i]));
   }
 #pragma unroll
@@ -50,11 +52,11 @@ DEVICE float rotate_query(const u16 *row, u16 *target, u32 signs, float score_sc
   exponent = peak == 0 ? 0 : larger(smaller(exponent, 126), -126);
 #pragma unroll
   for (int i = 0; i < LANE_DIMS; i++) x[i] *= bits_to_float((u32)(127 - exponent) << 23);
-  hadamard(x, lane);
+  if (!KEY_BASIS) hadamard(x, lane);
 #pragma unroll
   for (int i = 0; i < LANE_DIMS; i += 2) *(u32 *)(target + lane * LANE_DIMS + i) = pack_f16(x[i], x[i + 1]);
   float factor = score_scale * bits_to_float((u32)(127 + exponent) << 23);
-  return fminf(fmaxf(factor, 0x1p-60f), 0x1p60f);
+  return fminf(fmaxf(factor, KEY_BASIS ? 0x1p-80f : 0x1p-60f), 0x1p60f);  // a basis may turn queries 2^15 longer
 }
 
 // out = R^T x * scale, rounded to the output's type.

@@ -30,17 +30,23 @@ struct Bounds {
   int all_see_from;    // ... and from this one on
   int oldest;          // no query sees tokens before this one
   const int *limits;   // [COLUMNS], first token that a column does not see
+  const float *seconds;  // [PANELS][COLUMNS], of scores of keys around the second mean, under a key basis
 };
+
+// Operands of MMA tile `n`: two words a step, in the order in which a lane holds a row of keys.
+DEVICE void load_operands(u32 *operands, const u16 *queries, int n, int g, int t) {
+#pragma unroll
+  for (int panel = 0; panel < PANELS; panel++)
+#pragma unroll
+    for (int o = 0; o < KEY_OCTETS; o++)
+      load_shared_128(shared_address(queries + (n * 8 + g) * D + panel * 128 + t * KEY_RUN + o * 8),
+                      operands + 4 * (panel * KEY_OCTETS + o));
+}
 
 DEVICE void begin_state(State &a, const u16 *queries, const float *factors, int g, int t) {
 #pragma unroll
   for (int n = 0; n < TILES; n++) {
-#pragma unroll
-    for (int panel = 0; panel < PANELS; panel++)
-#pragma unroll
-      for (int o = 0; o < KEY_OCTETS; o++)
-        load_shared_128(shared_address(queries + (n * 8 + g) * D + panel * 128 + t * KEY_RUN + o * 8),
-                        a.query[n] + 4 * (panel * KEY_OCTETS + o));
+    load_operands(a.query[n], queries, n, g, t);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       a.factor[n][e] = factors[n * 8 + 2 * t + e];
@@ -63,8 +69,8 @@ DEVICE float cap_score(float score, float cap) {
 }
 
 // Log2 scores of a unit's 16 tokens: [tile][e], token g + 8 * (e / 2), column 2t + e % 2. Also the value scales.
-DEVICE void score_unit(const Params &p, const State &a, const Levels &table, u32 unit, int g, int t, float (*score)[4],
-                       float (*value_scale)[2]) {
+DEVICE void score_unit(const Params &p, const State &a, const Bounds &b, const Levels &table, u32 unit, int g, int t,
+                       float (*score)[4], float (*value_scale)[2]) {
 #pragma unroll
   for (int panel = 0; panel < PANELS; panel++) {
     KeyRow upper, lower;
@@ -90,13 +96,24 @@ DEVICE void score_unit(const Params &p, const State &a, const Levels &table, u32
     float key_scale[2] = {f16_low(scales[0]), f16_high(scales[0])};
     value_scale[panel][0] = f16_low(scales[1]);
     value_scale[panel][1] = f16_high(scales[1]);
+    float part[TILES][4];
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        float part = dot[n][e] * (key_scale[e / 2] * a.factor[n][e % 2]);
-        score[n][e] = panel ? score[n][e] + part : part;
-      }
+      for (int e = 0; e < 4; e++) part[n][e] = dot[n][e] * (key_scale[e / 2] * a.factor[n][e % 2]);
+#if KEY_BASIS
+    // A negative scale: the key is relative to the second mean. Rare, so all lanes branch together.
+    if (any_lane(scales[0] & 0x80008000u))
+#pragma unroll
+      for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          if (scales[0] >> (e / 2 ? 31 : 15) & 1) part[n][e] = b.seconds[panel * COLUMNS + n * 8 + 2 * t + e % 2] - part[n][e];
+#endif
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) score[n][e] = panel ? score[n][e] + part[n][e] : part[n][e];
   }
   if (SOFT_CAP)
 #pragma unroll

@@ -18,10 +18,10 @@ BITS = ((4, 4), (4, 3), (3, 3), (2, 2))
 BLOCK_SIZES = (16, 32, 64)
 MAX_QUERY_LEN = 8
 MAX_GROUP = 16
-_PANEL = 128  # dims of K that share an MMA accumulator and a scale
+PANEL = 128  # dims of K that share an MMA accumulator and a scale
 # In the order in which they are joined.
-SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "score", "attend", "decode")
-CONTEXT_SOURCES = ("ptx", "codes", "unrotate", "context")
+SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "score", "attend", "queries", "decode")
+CONTEXT_SOURCES = ("ptx", "codes", "unrotate", "basis", "context")
 
 
 class Program(Protocol):
@@ -59,7 +59,7 @@ def supported_pages(fmt: PageFormat, block_size: int) -> bool:
     key, value = fmt.preset.key, fmt.preset.value
     return (
         fmt.head_size in HEAD_SIZES
-        and fmt.scale_group == min(fmt.head_size, _PANEL)
+        and fmt.scale_group == min(fmt.head_size, PANEL)
         and (key.bits, value.bits) in BITS
         and not key.sketch
         and block_size in BLOCK_SIZES
@@ -73,7 +73,9 @@ def supported(fmt: PageFormat, block_size: int, group: int, max_query_len: int) 
 
 @dataclass(frozen=True)
 class Options:
-    """What of a decode is compiled in. ``bf16``: of query and output, fp16 otherwise; ``sink_bits``: of a sink, 0 without."""
+    """What of a decode is compiled in. ``bf16``: of query and output, fp16 otherwise; ``sink_bits``: of a sink, 0 without;
+    ``basis``: keys are stored under a `KeyBasis`.
+    """
 
     fmt: PageFormat
     block_size: int
@@ -83,6 +85,7 @@ class Options:
     window: bool = False
     soft_cap: bool = False
     sink_bits: int = 0
+    basis: bool = False
 
     @property
     def rows(self) -> int:
@@ -116,7 +119,8 @@ class Variant:
         ring = t.warps * t.stages * 2 * fmt.unit_bytes
         parts = t.warps * min(self.mma_rows, 8) * (d + 2) * 4
         columns = 16 if self.mma_rows > 8 else 8
-        return ring + parts + columns * (2 * d + 8) + t.warps * t.stages * 8 + 16
+        seconds = 4 * columns * fmt.groups if self.options.basis else 0
+        return ring + parts + columns * (2 * d + 8) + seconds + t.warps * t.stages * 8 + 16
 
     def macros(self) -> dict[str, str]:
         """Every ``-D`` of the sources."""
@@ -133,6 +137,7 @@ class Variant:
             "WINDOW": int(o.window),
             "SOFT_CAP": int(o.soft_cap),
             "SINK_BITS": o.sink_bits,
+            "KEY_BASIS": int(o.basis),
             "SHARED_BYTES": self.shared_bytes,
             "VALUE_LEVELS": level_table(o.fmt.preset.value.bits, bfloat if o.bf16 else half),
         }
@@ -141,7 +146,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class ContextVariant:
-    """One compiled context loader. ``bf16``: of the workspaces, fp16 otherwise."""
+    """One compiled context loader. ``bf16``: of the workspaces, fp16 otherwise; ``basis``: keys are under a `KeyBasis`."""
 
     sources: ClassVar[tuple[str, ...]] = CONTEXT_SOURCES
     entry: ClassVar[str] = "turboquant_context"
@@ -150,6 +155,7 @@ class ContextVariant:
     fmt: PageFormat
     block_size: int
     bf16: bool
+    basis: bool = False
 
     @property
     def threads(self) -> int:
@@ -159,12 +165,19 @@ class ContextVariant:
     def shared_bytes(self) -> int:
         return 0
 
+    @property
+    def matrix_parts(self) -> int:
+        """fp16 parts of a basis's matrix. One errs like 11 bits of a key, far below a bf16 output's rounding."""
+        return 1 if self.bf16 else 2
+
     def macros(self) -> dict[str, str]:
         """Every ``-D`` of the sources."""
         values: dict[str, int | str] = {
             "WARPS": self.warps,
-            "MIN_CTAS": 4 if self.fmt.head_size == 256 else 5,  # what their registers allow
+            "MIN_CTAS": (4 if self.fmt.head_size == 256 else 5) - self.basis,  # what their registers allow
             "OUTPUT_BF16": int(self.bf16),
+            "KEY_BASIS": int(self.basis),
+            "MATRIX_PARTS": self.matrix_parts,
             "VALUE_LEVELS": level_table(self.fmt.preset.value.bits, half),
         }
         return page_macros(self.fmt, self.block_size) | {name: str(value) for name, value in values.items()}
@@ -193,7 +206,7 @@ def page_macros(fmt: PageFormat, block_size: int) -> dict[str, str]:
 def key_strides(plane: Plane) -> dict[str, int]:
     """A K plane's base and its strides a token and a panel of 128 dims; inside a panel of a token dims are consecutive."""
     start = plane.byte_offset(0, 0)
-    panel = plane.byte_offset(0, _PANEL * plane.bits // 8) - start if plane.head_size > _PANEL else 0
+    panel = plane.byte_offset(0, PANEL * plane.bits // 8) - start if plane.head_size > PANEL else 0
     return {"BASE": start, "TOKEN": plane.byte_offset(1, 0) - start, "PANEL": panel}
 
 

@@ -1,11 +1,15 @@
 """Older context, decoded into the workspace that FlashAttention reads, against the reference: both loaders."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from vllm_turboquant.kernels import reference
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 
-from ..kernels.oracle import make_batch
+from ..kernels.oracle import make_batch, random_basis
+from ..kernels.test_basis import HEADS
 from .shadow import cached
 
 pytestmark = pytest.mark.gpu
@@ -14,9 +18,9 @@ FMT = page_format("turboquant", 128)
 
 @pytest.fixture(params=("portable", "cuda"))
 def loader(request):
-    """A loader of pages of 32 tokens, made ready for a format and a dtype."""
+    """A loader of pages of 32 tokens, made ready for a format, a dtype and a key basis."""
 
-    def ready(fmt, dtype):
+    def ready(fmt, dtype, basis=None):
         from vllm_turboquant.kernels import prefill
         from vllm_turboquant.kernels.cuda import context
         from vllm_turboquant.kernels.cuda.variant import supported_pages
@@ -25,7 +29,7 @@ def loader(request):
             return prefill.load_context
         if not supported_pages(fmt, 32):
             pytest.skip("left to the portable loader")
-        assert context.prepare(torch.device("cuda", torch.cuda.current_device()), fmt, 32, dtype)
+        assert context.prepare(torch.device("cuda", torch.cuda.current_device()), fmt, 32, dtype, basis)
         return context.load_context
 
     return ready
@@ -53,6 +57,26 @@ def test_context_is_decoded_into_the_models_basis(loader, preset, head_size, see
             expected = torch.cat([truth[f : f + n] for f, n in zip(firsts, counts, strict=True)])
             # tf32 rounds the decoded vector and the rotation by 2**-12 each; the output type by 2**-9 or 2**-12.
             assert float((mine[2:total].double() - expected).norm() / expected.norm()) < 2**-8.5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("head_size", (64, 128, 256))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_context_under_a_key_basis(loader, preset, head_size, dtype, seed):
+    """Around no mean, which would hide errors of the matrix, and around one of size 30."""
+    fmt = page_format(preset, head_size)
+    fitted = random_basis(torch.Generator().manual_seed(seed), HEADS, head_size).to(torch.device("cuda"))
+    for basis in (fitted, replace(fitted, mean=torch.zeros_like(fitted.mean))):
+        load_context = loader(fmt, dtype, basis)
+        batch = make_batch(fmt, [300], [1], HEADS, 1, 32, seed, device="cuda", basis=basis)
+        truths = reference.load_vectors(batch.cache, batch.block_table[0, :10].long(), fmt, basis)
+        k, v = (torch.full((295, HEADS, head_size), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
+        load_context(batch.cache, batch.block_table[:1], ints(9), ints(2, 293), 291, k, v, fmt, basis=basis)
+        for mine, truth in ((k, truths[0]), (v, truths[1])):
+            assert mine[:2].isnan().all() and mine[293:].isnan().all()
+            expected = truth[9:300]
+            # As above. An entry of the matrix may be rounded by 2**-12, and sums of them may cancel to half.
+            assert float((mine[2:293].double() - expected).norm() / expected.norm()) < 2**-8.5
 
 
 def test_pages_and_rows_beyond_four_gib(loader, seed):

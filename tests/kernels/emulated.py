@@ -38,7 +38,7 @@ def compiled(variant):
 
 
 def decode(
-    batch, query, scale, max_query_len, *, grid=5, tuning=SMALL, window=None, soft_cap=None, sinks=None
+    batch, query, scale, max_query_len, *, grid=5, tuning=SMALL, window=None, soft_cap=None, sinks=None, basis=None
 ):  # fmt: skip
     """What `launch.decode` computes, on CPU tensors with ``grid`` CTAs. Returns the output; checks counters and surroundings."""
     tokens, heads, d = query.shape
@@ -48,7 +48,7 @@ def decode(
     counters = torch.zeros(grid, dtype=torch.int32)
     options, params = launch._arguments(
         query, batch.cache, batch.block_table, batch.seq_lens, batch.query_start_loc, out[:tokens], scratch, counters,
-        batch.fmt, scale, max_query_len, window, soft_cap, sinks,
+        batch.fmt, scale, max_query_len, window, soft_cap, sinks, basis,
     )  # fmt: skip
     compiled(Variant(options, tuning))(ctypes.byref(params), grid)
     assert not counters.any(), "counters are left zero"
@@ -56,7 +56,7 @@ def decode(
     return out[:tokens]
 
 
-def load_context(cache, block_table, first, start_loc, longest, key, value, fmt):
+def load_context(cache, block_table, first, start_loc, longest, key, value, fmt, basis=None):
     """What `context.load_context` computes, on CPU tensors."""
-    variant, params, grid = context._arguments(cache, block_table, first, start_loc, longest, key, value, fmt)
+    variant, params, grid = context._arguments(cache, block_table, first, start_loc, longest, key, value, fmt, basis)
     compiled(variant)(ctypes.byref(params), grid)
