@@ -102,7 +102,7 @@ DEVICE void load_shared_16(u32 address, u32 *r) {
   asm volatile("{.reg .u16 x; ld.shared.u16 x,[%1]; cvt.u32.u16 %0,x;}" : "=r"(r[0]) : "r"(address));
 }
 
-// Bytes of pages, which no kernel writes while this one runs. As C++ vectors the compiler may split loads and stores.
+// Bytes of pages and of bases, which no kernel writes while this one runs. As C++ vectors the compiler may split loads and stores.
 DEVICE void load_page_128(const u8 *p, u32 *r) {
   asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
 }

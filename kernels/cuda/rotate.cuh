@@ -1,5 +1,5 @@
 // The rotation R = H diag(s): queries go in as R q, outputs come back as R^T o. One warp turns one row, LANE_DIMS
-// consecutive dims a lane. Another transform replaces these two functions and nothing else.
+// consecutive dims a lane. Under a key basis queries leave here unrotated, and outputs come back alike.
 
 // Unnormalised fast Walsh-Hadamard transform of the warp's row; the factor 1 / sqrt(D) is in the launch's scales.
 DEVICE void hadamard(float *x, int lane) {

@@ -167,7 +167,7 @@ class ContextVariant:
 
     @property
     def matrix_parts(self) -> int:
-        """fp16 parts of a basis's matrix. One errs like 11 bits of a key, far below a bf16 output's rounding."""
+        """fp16 parts of a basis's matrix: one errs as 11 bits of a key do, far below a bf16 output's rounding."""
         return 1 if self.bf16 else 2
 
     def macros(self) -> dict[str, str]:

@@ -20,6 +20,7 @@ from vllm_turboquant.kernels.cuda.variant import supported, supported_pages
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 
 from ..kernels.oracle import make_batch
+from ..kernels.test_basis import random_basis
 from .decodes import prepared
 
 LENGTHS = [1, 16, 33, 0, 700]
@@ -35,6 +36,9 @@ def cases():
         yield page_format("turboquant", head_size), group, query_len, {}
     for options in ({"window": 40}, {"soft_cap": 5.0}, {"sinks": torch.zeros(8)}):
         yield page_format("turboquant", 128), 4, 2, options
+    for head_size, group in ((64, 4), (128, 4), (128, 16), (256, 4)):
+        basis = random_basis(torch.Generator().manual_seed(head_size), head_size).to(torch.device("cuda"))
+        yield page_format("turboquant", head_size), group, 1, {"basis": basis}
 
 
 def on_card(batch):
@@ -51,27 +55,27 @@ def run_decode(kernel, batch, query_len, options):
     run(batch.query, batch.cache, *tables, torch.empty_like(batch.query), scratch, batch.fmt, 0.1, query_len, **options)
 
 
-def run_context(load_context, batch):
+def run_context(load_context, batch, basis):
     first, starts = (torch.tensor(x, dtype=torch.int32).cuda() for x in ([0, 3, 31, 0, 17], [0, 1, 14, 16, 16, 699]))
     sides = [torch.empty(699, 2, batch.fmt.head_size, dtype=BF16, device="cuda") for _ in range(2)]
-    load_context(batch.cache, batch.block_table, first, starts, 683, *sides, batch.fmt)
+    load_context(batch.cache, batch.block_table, first, starts, 683, *sides, batch.fmt, basis=basis)
 
 
 def main():
     kernels = sys.argv[1:] or ["cuda", "copies", "portable"]
     torch.cuda.init()
     for fmt, group, query_len, options in cases():
-        queries = [min(query_len, length) for length in LENGTHS]
+        queries, basis = [min(query_len, length) for length in LENGTHS], options.get("basis")
         batch = on_card(make_batch(fmt, LENGTHS, queries, 2, group, 32, 0))
         for kernel in kernels:
             if kernel == "portable":
                 slots = torch.arange(5, dtype=torch.int64).cuda() * 7 + batch.cache.shape[0] * 32 - 29
                 rows = [torch.randn(5, 2, fmt.head_size).to(BF16).cuda() for _ in range(2)]
                 store.store(*rows, batch.cache, slots, fmt)
-                run_context(prefill.load_context, batch)
+                run_context(prefill.load_context, batch, basis)
             elif kernel == "cuda" and supported_pages(fmt, 32):
-                assert context.prepare(batch.cache.device, fmt, 32, BF16)
-                run_context(context.load_context, batch)
+                assert context.prepare(batch.cache.device, fmt, 32, BF16, basis)
+                run_context(context.load_context, batch, basis)
             launch._BULK_ARCH = 1000 if kernel == "copies" else BULK_ARCH
             launch._kernel.cache_clear()
             if kernel == "portable" or supported(fmt, 32, group, query_len):
