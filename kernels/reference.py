@@ -171,6 +171,48 @@ def _attend_rows(
     return out
 
 
+def _attend_last(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention of a sequence's last rows q ``[R, Hk, G, d]`` over its k and v ``[L, Hk, d]``; ``[R, Hk, G, d]``."""
+    rows, length = q.shape[0], k.shape[0]
+    column = torch.arange(length, device=q.device)
+    parts = []
+    for begin in range(0, rows, _QUERY_ROWS):
+        end = min(rows, begin + _QUERY_ROWS)
+        position = column[length - rows + begin : length - rows + end, None]
+        visible = column <= position
+        if window is not None:
+            visible &= column > position - window
+        parts.append(_attend_rows(q[begin:end], k, v, visible, scale, soft_cap, sinks))
+    return torch.cat(parts)
+
+
+def attend_raw(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Causal attention of one whole sequence over its own keys and values, without pages; options as in `attend`.
+
+    query: floating ``[T, Hq, d]``. key, value: floating ``[T, Hk, d]``. Returns ``[T, Hq, d]`` in ``dtype``.
+    """
+    q, k, v = (x.to(dtype) for x in (query, key, value))
+    return _attend_last(q.unflatten(1, (k.shape[1], -1)), k, v, scale, window, soft_cap, sinks).flatten(1, 2)
+
+
 def attend(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -217,15 +259,8 @@ def attend(
     for start, rows, length, blocks in requests:
         k, v = keys[base : base + length], values[base : base + length]
         base += blocks * block_size
-        column = torch.arange(length, device=query.device)
-        for begin in range(0, rows, _QUERY_ROWS):
-            end = min(rows, begin + _QUERY_ROWS)
-            position = column[length - rows + begin : length - rows + end, None]
-            visible = column <= position
-            if window is not None:
-                visible &= column > position - window
-            part = _attend_rows(q[start + begin : start + end], k, v, visible, scale, soft_cap, sinks)
-            out[start + begin : start + end] = part.flatten(1, 2)
+        part = _attend_last(q[start : start + rows], k, v, scale, window, soft_cap, sinks)
+        out[start : start + rows] = part.flatten(1, 2)
     return _rotate(out, fmt, fmt.preset.value, seed, inverse=True)
 
 
@@ -254,4 +289,4 @@ def roundtrip(
     return _rotate(keys[:n, 0], fmt, codec, seed, inverse=True).to(x.dtype)
 
 
-__all__ = ["attend", "load", "load_vectors", "page_format", "roundtrip", "store"]
+__all__ = ["attend", "attend_raw", "load", "load_vectors", "page_format", "roundtrip", "store"]

@@ -47,6 +47,13 @@ class KeyStatistics:
         result.tokens = self.tokens * count
         return result
 
+    def to(self, device: torch.device | str) -> KeyStatistics:
+        result = KeyStatistics(*self.key_sum.shape, torch.device(device))
+        result.tokens = self.tokens
+        for name in ("key_sum", "key_moment", "query_moment"):
+            setattr(result, name, getattr(self, name).to(device))
+        return result
+
     def basis(self, *, centred: bool = True, balanced: bool = True) -> KeyBasis:
         """The `KeyBasis` that fits these sums, on the CPU.
 
