@@ -37,7 +37,7 @@ class KeyStatistics:
 
         turns: orthogonal floating ``[d, d]``, R(p) of each shift.
         """
-        result, count = KeyStatistics(*self.key_sum.shape, self.key_sum.device), 0
+        result, count = self._empty(self.key_sum.device), 0
         for turn in turns:
             r = turn.to(self.key_sum)
             result.key_sum += self.key_sum @ r.T
@@ -48,11 +48,15 @@ class KeyStatistics:
         return result
 
     def to(self, device: torch.device | str) -> KeyStatistics:
-        result = KeyStatistics(*self.key_sum.shape, torch.device(device))
+        result = self._empty(torch.device(device))
         result.tokens = self.tokens
         for name in ("key_sum", "key_moment", "query_moment"):
             setattr(result, name, getattr(self, name).to(device))
         return result
+
+    def _empty(self, device: torch.device) -> KeyStatistics:
+        heads, d = self.key_sum.shape
+        return KeyStatistics(heads, d, device)
 
     def basis(self, *, centred: bool = True, balanced: bool = True) -> KeyBasis:
         """The `KeyBasis` that fits these sums, on the CPU.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 
@@ -60,17 +61,17 @@ class RawAttention:
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantization is not offered while calibrating")
         key, value = self.run.see(self.name, layer.kv_sharing_target_layer_name, query, key, value)
-        attended = attend_raw(
-            query,
-            key,
-            value,
-            self.impl.scale,
-            window=layer.sliding_window,
-            soft_cap=getattr(self.impl, "logits_soft_cap", None) or None,
-            sinks=getattr(self.impl, "sinks", None),
-            dtype=torch.float32,
-        )
-        return output.copy_(attended.view(output.shape))
+        soft_cap, sinks = getattr(self.impl, "logits_soft_cap", None) or None, getattr(self.impl, "sinks", None)
+        window = layer.sliding_window
+        if soft_cap is None and sinks is None and (window is None or window >= len(query)):
+            # What most layers are, at a quarter of the time.
+            q, k, v = (x.float().transpose(0, 1)[None] for x in (query, key, value))
+            attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.impl.scale, enable_gqa=True)
+            attended = attended[0].transpose(0, 1)
+        else:
+            options = {"window": window, "soft_cap": soft_cap, "sinks": sinks}
+            attended = attend_raw(query, key, value, self.impl.scale, **options, dtype=torch.float32)
+        return output.copy_(attended.reshape(output.shape))
 
 
 class _Run:
