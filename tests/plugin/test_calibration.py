@@ -292,24 +292,6 @@ def test_a_module_that_does_not_rotate_is_told(rope: Callable[..., Any], monkeyp
         turns(module, torch.tensor([100, 900]))
 
 
-@pytest.fixture(scope="module")
-def one_rank(plugin: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """vLLM's parallel linear layers ask for a tensor-parallel group; of one."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        ensure_model_parallel_initialized,
-        init_distributed_environment,
-    )
-
-    with set_current_vllm_config(VllmConfig()):
-        place = tmp_path_factory.mktemp("group") / "store"
-        init_distributed_environment(1, 0, f"file://{place}", local_rank=0, backend="gloo")
-        ensure_model_parallel_initialized(1, 1)
-        yield
-        cleanup_dist_env_and_memory()
-
-
 def qwen2_attention(config: Any, norm: bool = False) -> Any:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.models.qwen2 import Qwen2Attention
