@@ -7,17 +7,15 @@ queries once and the output once, and never a cached token.
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
+from .attention import attend_last
 from .basis import KeyBasis, by_head, recentre, rotate, turn_keys, turn_queries
 from .codec import decode_vectors, encode_vectors, to_e4m3
 from .format import PageFormat, Preset, VectorCodec, page_format, scale_group
 from .packing import pack_plane, read_tokens, unpack_plane, write_tokens
 from .rotation import ROTATION_SEED, sketch_matrix
-
-_QUERY_ROWS = 256  # rows attended at once: bounds the score matrix of a long prefill
 
 
 def _sketch(fmt: PageFormat, codec: VectorCodec, seed: int, device: torch.device) -> torch.Tensor | None:
@@ -126,37 +124,6 @@ def load_vectors(
     return keys, rotate(values, fmt, fmt.preset.value, ROTATION_SEED, inverse=True)
 
 
-def _attend_rows(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visible: torch.Tensor,
-    scale: float,
-    soft_cap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """q ``[R, Hk, G, d]``, k and v ``[L, Hk, d]``, visible bool ``[R, L]``; returns ``[R, Hk, G, d]``."""
-    scores = torch.einsum("rhgd,lhd->hgrl", q, k) * scale
-    if soft_cap:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    scores = scores.masked_fill(~visible, -math.inf)
-    peak = scores.amax(-1, keepdim=True)
-    if sinks is not None:
-        sinks = sinks.to(scores.dtype).view(k.shape[1], -1, 1, 1)
-        peak = torch.maximum(peak, sinks)
-    weights = torch.exp(scores - peak)
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sinks - peak)
-    # A hidden token's weight is exactly 0, but 0 * NaN is NaN: a non-finite value may reach only rows that see it.
-    broken = ~torch.isfinite(v).all(-1)
-    out = torch.einsum("hgrl,lhd->rhgd", weights / total, v.masked_fill(broken[..., None], 0.0))
-    if broken.any():
-        reached = (visible.to(q.dtype) @ broken.to(q.dtype)) > 0
-        out = out.masked_fill(reached[:, :, None, None], math.nan)
-    return out
-
-
 def attend(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -203,15 +170,8 @@ def attend(
     for start, rows, length, blocks in requests:
         k, v = keys[base : base + length], values[base : base + length]
         base += blocks * block_size
-        column = torch.arange(length, device=query.device)
-        for begin in range(0, rows, _QUERY_ROWS):
-            end = min(rows, begin + _QUERY_ROWS)
-            position = column[length - rows + begin : length - rows + end, None]
-            visible = column <= position
-            if window is not None:
-                visible &= column > position - window
-            part = _attend_rows(q[start + begin : start + end], k, v, visible, scale, soft_cap, sinks)
-            out[start + begin : start + end] = part.flatten(1, 2)
+        part = attend_last(q[start : start + rows], k, v, scale, window, soft_cap, sinks)
+        out[start : start + rows] = part.flatten(1, 2)
     return rotate(out, fmt, fmt.preset.value, seed, inverse=True)
 
 

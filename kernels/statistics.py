@@ -49,7 +49,7 @@ class KeyStatistics:
 
         turns: orthogonal floating ``[d, d]``, R(p) of each shift.
         """
-        result, count = KeyStatistics(*self.key_sum.shape, self.key_sum.device), 0
+        result, count = self._empty(self.key_sum.device), 0
         for turn in turns:
             r = turn.to(self.key_sum)
             result.key_sum += self.key_sum @ r.T
@@ -60,6 +60,17 @@ class KeyStatistics:
         # Sequences start at position 0 wherever their later tokens are.
         result.sinks, result.sink_sum = self.sinks, self.sink_sum
         return result
+
+    def to(self, device: torch.device | str) -> KeyStatistics:
+        result = self._empty(torch.device(device))
+        result.tokens, result.sinks = self.tokens, self.sinks
+        for name in ("key_sum", "key_moment", "query_moment", "sink_sum"):
+            setattr(result, name, getattr(self, name).to(device))
+        return result
+
+    def _empty(self, device: torch.device) -> KeyStatistics:
+        heads, d = self.key_sum.shape
+        return KeyStatistics(heads, d, device)
 
     def basis(self, *, centred: bool = True, balanced: bool = True) -> KeyBasis:
         """The `KeyBasis` that fits these sums, on the CPU.

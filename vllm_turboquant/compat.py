@@ -7,9 +7,12 @@
 | D | ``Platform.get_attn_backend_cls`` | wrap | wrap | no hook selects a backend by KV-cache dtype | vLLM has one |
 | E | ``EngineArgs.create_model_config`` | wrap | wrap | refuse what cannot be served before processes start | vLLM validates custom dtypes |
 | F | ``FlexibleArgumentParser._check_value`` | extend | - | argparse's own line offers names that are refused, and no remedy | 0.32 is dropped |
+| G | ``WorkerWrapperBase.get_kv_cache_spec`` | add | add | calibrate when weights are loaded, before the KV cache is sized | vLLM has a hook there |
 | H | ``sys.excepthook`` | chain | chain | a refusal ends in its sentence, not in a traceback | vLLM prints config errors so |
 
-All are applied together or not at all: first every structural check, then every patch. The dtype name is the only
+All are applied together or not at all: first every structural check, then every patch; only G waits until a layer of ours is
+built, as it needs modules that no other process loads. G also puts stand-ins into layers while it runs the model
+(``calibration_run``). The dtype name is the only
 switch: other dtypes go through the wrapped functions unchanged (E also refuses vLLM's own TurboQuant names on a CPU).
 Never dispatch on ``KVQuantMode``: upstream, CUSTOM and OCTAVE_K3V4 share the value 12.
 """  # noqa: E501 - a table
@@ -191,6 +194,7 @@ def _wrap_backend_selection() -> None:
         from .backend import backend_class
 
         backend = backend_class(dtype)
+        _add_calibration()
         reasons = backend.validate_configuration(device_capability=cls.get_device_capability(), **attn_selector_config._asdict())
         if reasons:
             raise refuse(
@@ -203,6 +207,35 @@ def _wrap_backend_selection() -> None:
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
     selector._cached_get_attn_backend.cache_clear()
+
+
+def _add_calibration() -> None:
+    """Patch G. The wrapper hands what it lacks to the worker, whichever class that is; every executor calls this at start."""
+    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+
+    wrapper: Any = WorkerWrapperBase
+    if hasattr(wrapper, "turboquant_calibration"):
+        return
+    if (
+        "get_kv_cache_spec" in vars(wrapper)
+        or not hasattr(wrapper, "__getattr__")
+        or not hasattr(WorkerBase, "get_kv_cache_spec")
+    ):
+        raise refuse(FLAG, "turboquant", "this vLLM's WorkerWrapperBase has changed", f"install vLLM {' or '.join(SUPPORTED)}")
+
+    def get_kv_cache_spec(self: Any) -> Any:
+        from .calibration import calibrate_worker
+
+        if "turboquant_calibration_file" not in vars(self):  # once a worker
+            self.turboquant_calibration_file = calibrate_worker(self.worker)
+        return self.worker.get_kv_cache_spec()
+
+    def turboquant_calibration(self: Any) -> str | None:
+        path = self.turboquant_calibration_file
+        return None if path is None else str(path)
+
+    wrapper.get_kv_cache_spec = get_kv_cache_spec
+    wrapper.turboquant_calibration = turboquant_calibration
 
 
 def _wrap_model_config() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from .kernels.format import DEBUG_PRESETS, DEFAULT_PRESET, PRESETS
@@ -15,6 +16,12 @@ FLAG = "--kv-cache-dtype"
 BACKEND_NAME = "VLLM_TURBOQUANT"  # vLLM's own backend is called TURBOQUANT
 SERVE_PLAIN = f"serve this model with {FLAG} auto"  # the remedy where the model itself rules compression out
 SETTINGS_FLAG = "--additional-config"
+CALIBRATION = f'{SETTINGS_FLAG} {{"{SETTINGS_KEY}": {{"calibration": ...}}}}'
+AUTO, OFF = "auto", "off"
+DEFAULT_CALIBRATION = OFF  # AUTO once the GPU kernels take a key basis
+# Whether they do. Until then calibration is refused on a GPU, and key bias is not subtracted there.
+BASIS_ON_GPU = False
+CALIBRATE = "vllm-turboquant calibrate"
 # vLLM's own presets start so; it claims the prefix in many places.
 UPSTREAM_PREFIX = "turboquant_"
 
@@ -56,10 +63,15 @@ def refuse_backend(kv_cache_dtype: str, backend: object) -> TurboQuantError:
 class TurboQuantSettings:
     """``--additional-config '{"turboquant": {...}}'``.
 
-    ``calibration``: "off" stores keys without a per-model transform.
+    ``calibration``: "auto" fits the transform of stored keys to the model at its first start and keeps it; "off" subtracts no
+    more than the key bias that weights tell; else the absolute path of a file that ``vllm-turboquant calibrate`` made.
     """
 
-    calibration: str = "off"
+    calibration: str = DEFAULT_CALIBRATION
+
+    @property
+    def calibration_file(self) -> Path | None:
+        return None if self.calibration in (AUTO, OFF) else Path(self.calibration)
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> TurboQuantSettings:
@@ -75,14 +87,23 @@ class TurboQuantSettings:
             if key not in known:
                 raise refuse(where, repr(key), f"is not a setting; allowed are {', '.join(known)}", "remove or rename it")
         settings = cls(**given)
-        if settings.calibration != "off":
-            raise refuse(
-                f"{where} calibration",
-                repr(settings.calibration),
-                'is not available in this version; allowed is "off"',
-                'leave it out or set "off"',
-            )
+        _check_calibration(settings.calibration)
         return settings
+
+
+def _check_calibration(value: object) -> None:
+    if value in (AUTO, OFF):
+        return
+    allowed = f'allowed are "{AUTO}", "{OFF}" and the absolute path of a calibration file'
+    if not isinstance(value, str) or not os.path.isabs(value):
+        raise refuse(CALIBRATION, repr(value), f"is neither a mode nor an absolute path; {allowed}", f'set "{OFF}" or a path')
+    if not os.path.isfile(value):
+        raise refuse(CALIBRATION, value, f"there is no such file; {allowed}", f'make it with "{CALIBRATE}" or set "{OFF}"')
+
+
+def refuse_calibration_file(path: Path, reason: str) -> TurboQuantError:
+    """A calibration file that the user named and that does not fit."""
+    return refuse(CALIBRATION, path, reason, f'make one with "{CALIBRATE}" or set "{OFF}"')
 
 
 def check_dtype_name(kv_cache_dtype: str, on_cpu: bool) -> None:

@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from .config import FLAG, SERVE_PLAIN, refuse
 from .kernels import reference
+from .kernels.basis import KeyBasis
 from .kernels.format import DEFAULT_PRESET, PageFormat, page_format, scale_group
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class TurboQuantImpl(AttentionImpl):
         self.logits_soft_cap = logits_soft_cap or None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
+        # How keys are stored, in all pages of this layer; None is the plain rotation. Calibration sets it before there are pages.
+        self.basis: KeyBasis | None = None
         # Page sizes for which warm-up found a CUDA kernel usable; the portable ones serve the others.
         self.cuda_decode_pages: set[int] = set()
         self.cuda_context_pages: set[int] = set()
@@ -105,9 +108,9 @@ class TurboQuantImpl(AttentionImpl):
         if key.is_cuda:
             from .kernels.store import store
 
-            store(key, value, kv_cache, slot_mapping, self.format)
+            store(key, value, kv_cache, slot_mapping, self.format, self.basis)
         else:
-            reference.store(key, value, kv_cache, slot_mapping, self.format)
+            reference.store(key, value, kv_cache, slot_mapping, self.format, self.basis)
 
     def forward(
         self,
@@ -151,6 +154,7 @@ class TurboQuantImpl(AttentionImpl):
             window=self.sliding_window,
             soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
+            basis=self.basis,
             # Not for accuracy: rows must not depend on the batch that they are computed in, or the next layer's codes would.
             dtype=torch.float64,
         )
@@ -221,6 +225,7 @@ class TurboQuantImpl(AttentionImpl):
             window=self.sliding_window,
             soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
+            basis=self.basis,
         )
 
 

@@ -103,7 +103,7 @@ class _LayerPrefill:
         kernel = context if self.cache.shape[2] in self.layer.cuda_context_pages else portable
         blocks = self.block_table[self.plan.first + requests.start : self.plan.first + requests.stop]
         out = self.context_key, self.context_value
-        kernel.load_context(self.cache, blocks, first, start_loc, longest, *out, self.layer.format)
+        kernel.load_context(self.cache, blocks, first, start_loc, longest, *out, self.layer.format, self.layer.basis)
 
     def own_tokens(self) -> torch.Tensor:
         plan = self.plan

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import FLAG, SERVE_PLAIN, TurboQuantSettings, check_dtype_name, is_ours, refuse, refuse_backend
+from .config import (
+    AUTO,
+    BASIS_ON_GPU,
+    CALIBRATE,
+    CALIBRATION,
+    FLAG,
+    OFF,
+    SERVE_PLAIN,
+    TurboQuantSettings,
+    check_dtype_name,
+    is_ours,
+    refuse,
+    refuse_backend,
+    refuse_calibration_file,
+)
 from .kernels.format import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE
 
 MIN_CAPABILITY = (8, 0)
@@ -63,6 +77,29 @@ def _check_options(dtype: str, args: Any, platform: Any) -> None:
             "cannot be combined with --kv-offloading-backend lmcache, which computes page sizes of its own; allowed is native",
             "use --kv-offloading-backend native",
         )
+
+
+def _check_calibration(settings: TurboQuantSettings, args: Any, model: Any, platform: Any) -> None:
+    if settings.calibration == OFF:
+        return
+    if platform.is_cuda() and not BASIS_ON_GPU:
+        reason = f'calibrated keys are not computed on a GPU yet; allowed is "{OFF}"'
+        raise refuse(CALIBRATION, repr(settings.calibration), reason, f'leave it out or set "{OFF}"')
+    if settings.calibration == AUTO and _connectors(args.kv_transfer_config):
+        # Calibrations of two servers differ by rounding at least, and each reads pages only under its own.
+        reason = "cannot be combined with --kv-transfer-config, whose pages another server may read under another calibration"
+        remedy = f'make a file with "{CALIBRATE}" and name it on every server, or set "{OFF}"'
+        raise refuse(CALIBRATION, repr(AUTO), reason, remedy)
+    path = settings.calibration_file
+    if path is not None:
+        from .calibration_file import CalibrationFileError, configured_identity, mismatch, read_identity
+
+        try:
+            problem = mismatch(read_identity(path), configured_identity(model, args.tensor_parallel_size))
+        except CalibrationFileError as error:
+            problem = str(error)
+        if problem is not None:
+            raise refuse_calibration_file(path, problem)
 
 
 def _connectors(config: Any) -> list[str]:
@@ -143,7 +180,8 @@ def check_engine_args(args: Any, model: Any, platform: Any) -> None:
         raise refuse_backend(draft_dtype, draft["attention_backend"])
     if not is_ours(dtype):
         return
-    TurboQuantSettings.from_additional_config(args.additional_config)
+    settings = TurboQuantSettings.from_additional_config(args.additional_config)
     _check_platform(dtype, platform)
     _check_options(dtype, args, platform)
     _check_model(dtype, model, platform)
+    _check_calibration(settings, args, model, platform)

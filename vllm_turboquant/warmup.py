@@ -31,9 +31,10 @@ def warm_up(
             window=impl.sliding_window,
             soft_cap=impl.logits_soft_cap,
             sinks=None if impl.sinks is None else impl.sinks.dtype,
+            basis=impl.basis,
         ):
             impl.cuda_decode_pages.add(block_size)
-        if context.prepare(device, impl.format, block_size, dtype):
+        if context.prepare(device, impl.format, block_size, dtype, impl.basis):
             impl.cuda_context_pages.add(block_size)
         kind = (
             impl.preset,
@@ -43,6 +44,7 @@ def warm_up(
             impl.sliding_window,
             impl.logits_soft_cap,
             impl.sinks is not None,
+            impl.basis is not None,
         )
         if kind not in seen:
             seen.add(kind)
@@ -56,11 +58,11 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
     qkv = torch.zeros(1, (heads + 2 * kv_heads) * d, dtype=dtype, device=device)
     query, key, value = (x.unflatten(1, (-1, d)) for x in qkv.split([heads * d, kv_heads * d, kv_heads * d], dim=1))
     slots = torch.zeros(1, dtype=torch.int64, device=device)
-    store(key, value, cache, slots, fmt)
+    store(key, value, cache, slots, fmt, impl.basis)
     table = torch.zeros(1, 16, dtype=torch.int32, device=device)
     one = torch.ones(1, dtype=torch.int32, device=device)
     starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
     if block_size not in impl.cuda_context_pages:
         context_key, context_value, _ = prefill_scratch(1, heads, kv_heads, d, dtype)
-        load_context(cache, table, torch.zeros_like(one), starts, 1, context_key, context_value, fmt)
+        load_context(cache, table, torch.zeros_like(one), starts, 1, context_key, context_value, fmt, impl.basis)
     impl.decode(query, cache, table, one, starts, torch.empty(1, heads, d, dtype=dtype, device=device), max_query_len)

@@ -19,8 +19,7 @@ from vllm_turboquant.kernels.cuda import context, launch
 from vllm_turboquant.kernels.cuda.variant import supported, supported_pages
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 
-from ..kernels.oracle import make_batch
-from ..kernels.test_basis import random_basis
+from ..kernels.oracle import make_batch, random_basis
 from .decodes import prepared
 
 LENGTHS = [1, 16, 33, 0, 700]
@@ -37,7 +36,7 @@ def cases():
     for options in ({"window": 40}, {"soft_cap": 5.0}, {"sinks": torch.zeros(8)}):
         yield page_format("turboquant", 128), 4, 2, options
     for head_size, group in ((64, 4), (128, 4), (128, 16), (256, 4)):
-        basis = random_basis(torch.Generator().manual_seed(head_size), head_size).to(torch.device("cuda"))
+        basis = random_basis(torch.Generator().manual_seed(head_size), 2, head_size).to(torch.device("cuda"))
         yield page_format("turboquant", head_size), group, 1, {"basis": basis}
 
 
@@ -66,12 +65,12 @@ def main():
     torch.cuda.init()
     for fmt, group, query_len, options in cases():
         queries, basis = [min(query_len, length) for length in LENGTHS], options.get("basis")
-        batch = on_card(make_batch(fmt, LENGTHS, queries, 2, group, 32, 0))
+        batch = on_card(make_batch(fmt, LENGTHS, queries, 2, group, 32, 0, basis=basis))
         for kernel in kernels:
             if kernel == "portable":
                 slots = torch.arange(5, dtype=torch.int64).cuda() * 7 + batch.cache.shape[0] * 32 - 29
                 rows = [torch.randn(5, 2, fmt.head_size).to(BF16).cuda() for _ in range(2)]
-                store.store(*rows, batch.cache, slots, fmt)
+                store.store(*rows, batch.cache, slots, fmt, basis)
                 run_context(prefill.load_context, batch, basis)
             elif kernel == "cuda" and supported_pages(fmt, 32):
                 assert context.prepare(batch.cache.device, fmt, 32, BF16, basis)

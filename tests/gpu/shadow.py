@@ -37,13 +37,12 @@ def attend(q, k, v, scale, window=None, soft_cap=None, sinks=None):
     return torch.einsum("hrl,lhd->rhd", weights, v)
 
 
-def cached(cache, blocks, first, length, fmt):
+def cached(cache, blocks, first, length, fmt, basis=None):
     """Keys and values ``first .. length - 1`` of a request, float64, in the model's basis; reads no other block."""
     size = cache.shape[2]
-    keys, values = reference.load(cache, blocks[first // size : -(-length // size)].long(), fmt)
-    sides = zip((keys, values), (fmt.preset.key, fmt.preset.value), strict=True)
     skip = first % size
-    return [reference._rotate(x[skip : skip + length - first], fmt, codec, 0, inverse=True) for x, codec in sides]
+    loaded = reference.load_vectors(cache, blocks[first // size : -(-length // size)].long(), fmt, basis)
+    return [x[skip : skip + length - first] for x in loaded]
 
 
 def install() -> Errors:
@@ -64,7 +63,7 @@ def install() -> Errors:
             context, decoding = length - count, r < meta.decodes
             oldest = 0 if self.sliding_window is None else max(0, context - self.sliding_window + 1)
             end = length if decoding else max(context, oldest)
-            sides = cached(kv_cache, meta.block_table[r], oldest, end, self.format)
+            sides = cached(kv_cache, meta.block_table[r], oldest, end, self.format, self.basis)
             if not decoding:
                 sides = [torch.cat([old, new[rows].double()]) for old, new in zip(sides, (key, value), strict=True)]
             options = (self.scale, self.sliding_window, self.logits_soft_cap, self.sinks)

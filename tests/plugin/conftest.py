@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,24 @@ def engine_config(plugin: None, models: dict[str, str], monkeypatch: pytest.Monk
         return EngineArgs(model=models[model], **arguments).create_engine_config()
 
     return create
+
+
+@pytest.fixture(scope="module")
+def one_rank(plugin: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """vLLM's parallel linear layers ask for a tensor-parallel group; of one."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
+
+    with set_current_vllm_config(VllmConfig()):
+        place = tmp_path_factory.mktemp("group") / "store"
+        init_distributed_environment(1, 0, f"file://{place}", local_rank=0, backend="gloo")
+        ensure_model_parallel_initialized(1, 1)
+        yield
+        cleanup_dist_env_and_memory()
 
 
 def unpacked_033() -> Path:

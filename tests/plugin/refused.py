@@ -30,6 +30,10 @@ def _connector(name: str, extra: dict[str, Any] | None = None) -> dict[str, Any]
     return {"kv_connector": name, "kv_role": "kv_both", **({"kv_connector_extra_config": extra} if extra else {})}
 
 
+def _calibration(value: object, *parts: str) -> Refusal:
+    return Refusal(args={"additional_config": {"turboquant": {"calibration": value}}}, parts=("--additional-config", *parts))
+
+
 REFUSALS: dict[str, Refusal] = {
     "wrong preset": _name("turboquant-k9v9", ALLOWED),
     "upper case": _name("turboquant-K8V4", ALLOWED),
@@ -60,9 +64,17 @@ REFUSALS: dict[str, Refusal] = {
     "settings no object": Refusal(
         args={"additional_config": {"turboquant": [3]}}, parts=("--additional-config", "[3]", "not an object", "calibration")
     ),
-    "calibration on": Refusal(
-        args={"additional_config": {"turboquant": {"calibration": "auto"}}},
-        parts=("--additional-config", "calibration", "'auto'", 'allowed is "off"', "leave it out"),
+    "calibration mode": _calibration("on", "'on'", "neither a mode nor an absolute path", 'allowed are "auto", "off"', "set"),
+    "calibration by relative path": _calibration("model.safetensors", "'model.safetensors'", "nor an absolute path", "set"),
+    "calibration of no type": _calibration(True, "True", "neither a mode", "set"),
+    "calibration file missing": _calibration("/no/such", "/no/such:", "no such file", 'with "vllm-turboquant calibrate"'),
+    "calibration file foreign": _calibration(__file__, f"{__file__}:", "cannot be read", 'with "vllm-turboquant calibrate"'),
+    "calibration shared": Refusal(
+        args={
+            "additional_config": {"turboquant": {"calibration": "auto"}},
+            "kv_transfer_config": _connector("ExampleConnector"),
+        },
+        parts=("--additional-config", "'auto'", "--kv-transfer-config", "name it on every server"),
     ),
     "backend": Refusal(
         args={"attention_backend": "FLASH_ATTN"},

@@ -19,6 +19,11 @@ CASES: dict[str, list[str]] = {
     "built-in 4bit_nc": ["--kv-cache-dtype", "turboquant_4bit_nc"],
     "DCP": ["--kv-cache-dtype", "turboquant", "--decode-context-parallel-size", "2"],
     "unknown setting": ["--kv-cache-dtype=turboquant", "--additional-config", '{"turboquant": {"bogus": 1}}'],
+    "calibration file missing": [
+        "--kv-cache-dtype=turboquant",
+        "--additional-config",
+        '{"turboquant": {"calibration": "/no/such"}}',
+    ],
     "LMCache": [
         "--kv-cache-dtype",
         "turboquant",

@@ -1,0 +1,67 @@
+"""Without calibration: the part of the keys' mean that the weights tell, from the bias of a layer's key projection.
+
+Keys of Qwen2-like models lie around a bias a hundred times as long as what tells them apart; a code spends its few bits on
+the bias. Softmax does not see a constant in all keys, so it can be subtracted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
+
+from .kernels.basis import KeyBasis, key_basis
+from .rotary import is_rotary, mean_turn
+
+logger = init_logger("vllm.turboquant")
+
+
+def bias_bases(model: torch.nn.Module, layers: Mapping[str, Any], max_model_len: int) -> dict[str, KeyBasis]:
+    """The plain rotation with the mean that key biases have over positions ``0 .. max_model_len - 1``, for layers that have one.
+
+    layers: attention modules by name, none of them with soft cap or sinks, which would see the subtracted constant.
+    """
+    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
+    positional = any(is_rotary(module) for module in model.modules())
+    mean_turns: dict[int, torch.Tensor] = {}
+    result: dict[str, KeyBasis] = {}
+    for name, layer in layers.items():
+        parent = parents.get(id(layer))
+        bias = None if parent is None else key_bias(parent, layer.num_heads, layer.num_kv_heads, layer.head_size)
+        rotary = [] if parent is None else [child for child in parent.children() if is_rotary(child)]
+        # Which rotation the keys of such a layer get cannot be told from its modules.
+        if bias is None or len(rotary) > 1 or (positional and not rotary):
+            continue
+        mean = bias.float()
+        if rotary:
+            if id(rotary[0]) not in mean_turns:
+                mean_turns[id(rotary[0])] = mean_turn(rotary[0], max_model_len).to(mean.device)
+            mean = mean @ mean_turns[id(rotary[0])].T
+        eye = torch.eye(layer.head_size).expand(layer.num_kv_heads, -1, -1)
+        result[name] = key_basis(eye, mean)
+    return result
+
+
+def key_bias(attention: torch.nn.Module, heads: int, kv_heads: int, head_size: int) -> torch.Tensor | None:
+    """The bias of this rank's keys, floating ``[Hk, d]``; None without one, and where a norm between it and attention moves it.
+
+    attention: the module around projection, rotary embedding and attention.
+    """
+    children = dict(attention.named_children())
+    if any("norm" in name or type(child).__name__.endswith("Norm") for name, child in children.items()):
+        return None
+    fused = [child for child in children.values() if isinstance(child, QKVParallelLinear)]
+    if len(fused) == 1 and fused[0].bias is not None:
+        query, key = heads * head_size, kv_heads * head_size
+        if len(fused[0].bias) != query + 2 * key:
+            return None
+        bias = fused[0].bias[query : query + key]
+    else:
+        single = children.get("k_proj")
+        if not isinstance(single, ColumnParallelLinear) or single.bias is None or len(single.bias) != kv_heads * head_size:
+            return None
+        bias = single.bias
+    return bias.detach().view(kv_heads, head_size) if bias.any() else None
