@@ -1,17 +1,19 @@
 """The evaluation on a random model: what it reads, what it collects, and that it can fail."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from vllm_turboquant.evaluation import metrics, texts
+from vllm_turboquant.evaluation.calibrate import calibrate
 from vllm_turboquant.evaluation.codecs import Case
 from vllm_turboquant.evaluation.metrics import Divergence
 from vllm_turboquant.evaluation.model import EvaluatedModel, attend_windowed
 from vllm_turboquant.evaluation.needle import FACT, QUESTION, needle, retrieval
-from vllm_turboquant.evaluation.run import evaluate
-from vllm_turboquant.kernels.basis import KeyBasis
+from vllm_turboquant.evaluation.run import evaluate, rows
+from vllm_turboquant.kernels.statistics import SKIPPED
 
 transformers = pytest.importorskip("transformers")
 LAYERS, HEADS, KV_HEADS, D, VOCABULARY = 3, 4, 2, 32, 300
@@ -57,7 +59,10 @@ def ids(seed):
 
 
 def figures(model, ids, *cases, bases=None):
-    return evaluate(model, cases, ids, bases)
+    """Rows, of these sequences instead of the texts that an evaluation takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_turboquant.evaluation.run.blocks", lambda *_: ids)
+        return list(rows(model, "random", cases, [len(ids[0])], bases, 0))
 
 
 def plain_logits(model, ids):
@@ -74,6 +79,14 @@ def test_auto_is_the_model_itself(model, ids):
     assert torch.allclose(logits, plain_logits(model, ids[0]), rtol=1e-3, atol=1e-3)
     (row,) = figures(model, ids, Case("auto"))
     assert row["kl"] == row["kl_se"] == row["ppl_delta"] == 0 and row["top1"] == 1 and row["tokens"] == 3 * 95
+
+
+def test_rows_have_every_key(model):
+    (row,) = evaluate(model.model.config._name_or_path, [Case("turboquant_4bit_nc", skipped=4)], [64], tokens=128, device="cpu")
+    assert set(row) >= {"model", "name", "calibrated", "skipped_layers", "bytes_d128", "context", "tokens", "kl", "kl_se", "top1"}
+    assert set(row) >= {"ppl_delta", "reads", "kl_places"} and row["tokens"] == 2 * 63 and row["context"] == 64
+    # All three layers are among the four.
+    assert row["skipped_layers"] == 3 and row["bytes_d128"] == 512
 
 
 def test_codecs_rank_by_their_bits(model, ids):
@@ -144,9 +157,9 @@ def naive_projections(model, ids, layer):
 
 @torch.no_grad()
 def test_statistics_are_those_of_attentions_own_keys(model, ids):
-    found = model.statistics(ids, left_out=4)
-    assert len(found) == LAYERS and found[0].tokens == 3 * 92
-    pairs = [[x[4:].double() for x in naive_projections(model, text, 0)] for text in ids]
+    found = model.statistics(ids)
+    assert len(found) == LAYERS and found[0].tokens == 3 * (96 - SKIPPED)
+    pairs = [[x[SKIPPED:].double() for x in naive_projections(model, text, 0)] for text in ids]
     keys, queries = torch.cat([k for _, k in pairs]), torch.cat([q for q, _ in pairs])
     moment = torch.einsum("thd,the->hde", keys, keys)
     # fp32 products of 100 tokens.
@@ -168,20 +181,17 @@ def test_turns_are_the_models_rotary_embedding(model, ids):
     assert torch.allclose(one @ two, three, atol=1e-5) and key.shape == flat.shape
 
 
-def calibrated(model, ids):
-    return [s.basis() for s in model.statistics(ids)]
-
-
 def test_calibration_shows_and_a_bad_mean_shows(model, ids):
     """The check can fail: a mean ten standard deviations off must cost more than no calibration at all."""
     other = [torch.flip(x, [0]) for x in ids]
-    bases = calibrated(model, other)
+    bases = calibrate(model, other, served=96)
     spreads = [
         (s.key_moment / s.tokens - (s.key_sum / s.tokens)[..., None] * (s.key_sum / s.tokens)[:, None]).diagonal(dim1=1, dim2=2)
         for s in model.statistics(other)
     ]
     bad = [
-        KeyBasis(b.forward, b.inverse, b.mean + 10 * s.clamp(min=0).sqrt().float()) for b, s in zip(bases, spreads, strict=True)
+        dataclasses.replace(b, **{name: getattr(b, name) + 10 * s.clamp(min=0).sqrt().float() for name in ("mean", "sink_mean")})
+        for b, s in zip(bases, spreads, strict=True)
     ]
     case = Case("turboquant", calibrated=True)
     (good,), (none,), (off,) = (

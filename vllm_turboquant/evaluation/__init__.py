@@ -3,6 +3,6 @@
 from .codecs import NAMES, Case
 from .model import EvaluatedModel
 from .needle import retrieval
-from .run import evaluate, evaluate_path
+from .run import evaluate
 
-__all__ = ["NAMES", "Case", "EvaluatedModel", "evaluate", "evaluate_path", "retrieval"]
+__all__ = ["NAMES", "Case", "EvaluatedModel", "evaluate", "retrieval"]

@@ -41,7 +41,6 @@ class EvaluatedModel:
         self._case = Case("auto")
         self._bases: Sequence[KeyBasis] | None = None
         self._statistics: dict[int, KeyStatistics] | None = None
-        self._left_out = 0
 
     @torch.inference_mode()
     def hidden(self, ids: torch.Tensor, case: Case, bases: Sequence[KeyBasis] | None = None) -> torch.Tensor:
@@ -55,9 +54,9 @@ class EvaluatedModel:
         return self.model.get_output_embeddings()(hidden)
 
     @torch.inference_mode()
-    def statistics(self, texts: Sequence[torch.Tensor], left_out: int = 0) -> list[KeyStatistics]:
-        """Of each layer, over token sequences int64 ``[T]``, unquantised. left_out: first tokens that do not count."""
-        self._statistics, self._left_out = {}, left_out
+    def statistics(self, texts: Sequence[torch.Tensor]) -> list[KeyStatistics]:
+        """Of each layer, over token sequences int64 ``[T]``, unquantised."""
+        self._statistics = {}
         try:
             for ids in texts:
                 self.hidden(ids, Case("auto"))
@@ -113,7 +112,7 @@ class EvaluatedModel:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if self._statistics is not None:
             fresh = KeyStatistics(k.shape[1], k.shape[2], k.device)
-            self._statistics.setdefault(module.layer_idx, fresh).add(q[self._left_out :], k[self._left_out :])
+            self._statistics.setdefault(module.layer_idx, fresh).add(q, k)
         case, layer = self._case, module.layer_idx
         basis = None if self._bases is None else self._bases[layer]
         k_hat, v_hat = decoded(case, k, v, layer, self.layers, basis)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,53 +18,67 @@ _LOGITS = 2**26  # of one chunk of positions: 256 MB of float32
 
 
 def evaluate(
-    model: EvaluatedModel,
-    cases: Sequence[Case],
-    texts: Sequence[torch.Tensor],
-    bases: Sequence[KeyBasis] | None = None,
-) -> list[dict[str, object]]:
-    """Figures of each case on token sequences int64 ``[T]``, T at least 2; `Divergence.figures` and the case's own.
-
-    bases: one a layer, for the calibrated cases. Every case reads **all** keys and values back from the cache, also those of
-    the sequence's own prompt, which vLLM's prefill would read raw: "reads" is "compressed".
-    """
-    results = [Divergence() for _ in cases]
-    for ids in texts:
-        reference = model.hidden(ids, Case("auto"))
-        hidden = [model.hidden(ids, case, bases) for case in cases]
-        chunk = max(_LOGITS // model.model.get_output_embeddings().weight.shape[0], 1)
-        for start in range(0, len(ids) - 1, chunk):
-            rows = slice(start, min(start + chunk, len(ids) - 1))
-            truth = model.logits(reference[rows])
-            for result, x in zip(results, hidden, strict=True):
-                result.add(truth, model.logits(x[rows]), ids[start + 1 : rows.stop + 1], start)
-    return [
-        {
-            "name": case.name,
-            "calibrated": case.calibrated,
-            "skipped_layers": min(case.skipped, model.layers),
-            "sinks": case.sinks,
-            "window": case.window,
-            "bytes_d128": round(case.bytes_d128(model.layers), 1),
-            **result.figures(),
-            "reads": "compressed",
-        }
-        for case, result in zip(cases, results, strict=True)
-    ]
-
-
-def evaluate_path(
     path: str,
     cases: Sequence[Case],
     contexts: Sequence[int],
+    calibration: Sequence[KeyBasis] | None = None,
     tokens: int = 8192,
-    bases: Sequence[KeyBasis] | None = None,
     device: str | None = None,
 ) -> list[dict[str, object]]:
-    """`evaluate` of the model in a folder on ``tokens`` held-out tokens at each context length."""
-    model = EvaluatedModel(path, device)
-    rows = []
+    """Rows of the model in a folder, on at least ``tokens`` held-out tokens at each context length.
+
+    calibration: a layer's key basis each, for the calibrated cases. Keys of a row: model, name, calibrated, skipped_layers,
+    sinks, window, bytes_d128, context, python (whose texts they are), reads, and those of `Divergence.figures`.
+    """
+    return list(rows(EvaluatedModel(path, device), Path(path).name, cases, contexts, calibration, tokens))
+
+
+def rows(
+    model: EvaluatedModel,
+    name: str,
+    cases: Sequence[Case],
+    contexts: Sequence[int],
+    calibration: Sequence[KeyBasis] | None,
+    tokens: int,
+) -> Iterator[dict[str, object]]:
+    """`evaluate` of a loaded model, context by context."""
     for context in contexts:
-        for row in evaluate(model, cases, blocks(model.tokenizer, "held-out", tokens, context), bases):
-            rows.append({"model": Path(path).name, **row, "context": context, "python": platform.python_version()})
-    return rows
+        texts = blocks(model.tokenizer, "held-out", tokens, context)
+        for case, result in zip(cases, divergences(model, cases, texts, calibration), strict=True):
+            yield {
+                "model": name,
+                "name": case.name,
+                "calibrated": case.calibrated,
+                "skipped_layers": min(case.skipped, model.layers),
+                "sinks": case.sinks,
+                "window": case.window,
+                "bytes_d128": round(case.bytes_d128(model.layers), 1),
+                "context": context,
+                **result.figures(),
+                "reads": "compressed",
+                "python": platform.python_version(),
+            }
+
+
+def divergences(
+    model: EvaluatedModel,
+    cases: Sequence[Case],
+    texts: Sequence[torch.Tensor],
+    calibration: Sequence[KeyBasis] | None = None,
+) -> list[Divergence]:
+    """Each case's divergence from dtype ``auto`` on token sequences int64 ``[T]``, T at least 2.
+
+    Every case reads **all** keys and values back from the cache, also those of the sequence's own prompt, which vLLM's prefill
+    would read raw.
+    """
+    results = [Divergence() for _ in cases]
+    chunk = max(_LOGITS // model.model.get_output_embeddings().weight.shape[0], 1)
+    for ids in texts:
+        reference = model.hidden(ids, Case("auto"))
+        hidden = [model.hidden(ids, case, calibration) for case in cases]
+        for start in range(0, len(ids) - 1, chunk):
+            part = slice(start, min(start + chunk, len(ids) - 1))
+            truth = model.logits(reference[part])
+            for result, x in zip(results, hidden, strict=True):
+                result.add(truth, model.logits(x[part]), ids[start + 1 : part.stop + 1], start)
+    return results
