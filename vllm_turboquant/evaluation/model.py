@@ -119,10 +119,10 @@ class EvaluatedModel:
         sinks = min(case.sinks, len(k))
         k_hat, v_hat = (torch.cat([x[:sinks], y[sinks:]]) for x, y in ((k, k_hat), (v, v_hat)))
         scale = scaling or q.shape[-1] ** -0.5
-        sides = [x.transpose(0, 1)[None] for x in (q, k_hat, v_hat)]
         if case.window or (sliding_window or len(k)) < len(k):
             return attend_windowed(q, k, v, k_hat, v_hat, scale, case.window, sliding_window or len(k))[None], None
-        out = scaled_dot_product_attention(*sides, is_causal=True, scale=scale, enable_gqa=True)
+        k_hat, v_hat = (x.transpose(0, 1)[None] for x in (k_hat, v_hat))
+        out = scaled_dot_product_attention(query, k_hat, v_hat, is_causal=True, scale=scale, enable_gqa=True)
         return out.transpose(1, 2), None
 
 
