@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
+import transformers
 
 from vllm_turboquant.evaluation import Case, EvaluatedModel, retrieval
 from vllm_turboquant.evaluation.calibrate import calibrate
@@ -51,7 +52,7 @@ def main() -> None:
     texts = blocks(model.tokenizer, "calibration", CALIBRATION_TOKENS, CALIBRATION_CONTEXT)
     bases = calibrate(model, texts, arguments.served) if any(case.calibrated for case in chosen) else None
     card = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
-    common = {"served": arguments.served, "card": card, "torch": torch.__version__}
+    common = {"served": arguments.served, "card": card, "torch": torch.__version__, "transformers": transformers.__version__}
     if arguments.needle:
         found = retrieval(model, chosen, arguments.needle, DEPTHS, bases)
         for case, results in zip(chosen, found, strict=True):

@@ -28,15 +28,15 @@ class Divergence:
         self.loss.append(difference.gather(-1, targets[:, None].to(p.device))[:, 0].double().cpu())
         self.place.append(torch.arange(start, start + len(p)))
 
-    def figures(self) -> dict[str, float | int | list[list[float]]]:
+    def figures(self) -> dict[str, float | int | None | list[list[float]]]:
         """tokens; kl, its standard error over segments of `SEGMENT` tokens; top1; ppl_delta (0.01: one percent more);
         kl_places: ``[first position, kl]`` of each power of two of positions from `SEGMENT` on.
 
-        The error is NaN of fewer than two segments.
+        The error is None of fewer than two segments.
         """
         kl = torch.cat(self.kl)
         means = torch.stack([part.mean() for part in self._segments(kl)])
-        error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
+        error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else None
         octave = torch.cat(self.place).clamp(min=SEGMENT // 2).log2().floor()
         places = [[0.0 if 2**o < SEGMENT else float(2**o), float(kl[octave == o].mean())] for o in octave.unique()]
         return {
