@@ -28,7 +28,7 @@ class Divergence:
         self.loss.append(difference.gather(-1, targets[:, None].to(p.device))[:, 0].double().cpu())
         self.place.append(torch.arange(start, start + len(p)))
 
-    def figures(self) -> dict[str, float | int | None | list[list[float]]]:
+    def figures(self) -> dict[str, float | int | list[list[float]] | None]:
         """tokens; kl, its standard error over segments of `SEGMENT` tokens; top1; ppl_delta (0.01: one percent more);
         kl_places: ``[first position, kl]`` of each power of two of positions from `SEGMENT` on.
 
