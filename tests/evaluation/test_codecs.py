@@ -74,6 +74,11 @@ def test_emulations_are_vllms_kernels(vectors, kernels_033):
         assert (codecs.vllm_int4(x) - theirs).abs().max() < 1e-5 * x.abs().max()
 
 
+def test_an_evaluation_needs_no_vllm():
+    code = "import sys, vllm_turboquant.evaluation; assert not [m for m in sys.modules if m.split('.')[0] == 'vllm']"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_bytes_are_those_of_the_dtypes():
     known = {"auto": 512, "fp8": 256, "int4_per_token_head": 136} | dict(zip(VLLM, (196, 134, 118, 102), strict=True))
     known |= {"turboquant": 132, "turboquant-k4v3": 116, "turboquant-k3v3": 100, "turboquant-k2v2": 68}
