@@ -70,7 +70,7 @@ lint: setup typecheck
 # installed shape, out of links.
 typecheck: setup
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/vllm_turboquant
-	@ln -s $(CURDIR)/vllm_turboquant/*.py $(CURDIR)/kernels $(TYPES)/vllm_turboquant/
+	@ln -s $(CURDIR)/vllm_turboquant/*.py $(CURDIR)/vllm_turboquant/evaluation $(CURDIR)/kernels $(TYPES)/vllm_turboquant/
 	cd $(TYPES) && ../bin/mypy --config-file ../../pyproject.toml -p vllm_turboquant
 
 format: setup

@@ -27,17 +27,15 @@ def append_row(name: str, row: dict[str, object]) -> str:
 
     card = torch.cuda.get_device_name()
     short = "h200" if "H200" in card else "h100" if "H100" in card else card.lower().replace(" ", "-")
-    row = {
-        **row,
-        "card": card,
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "kernels_tree": kernels_tree(),
-    }
-    line = json.dumps(row)
+    versions = {"vllm": vllm.__version__, "torch": torch.__version__, "triton": triton.__version__}
+    return write_row(f"{name}_{short}", {**row, "card": card, **versions})
+
+
+def write_row(name: str, row: dict[str, object]) -> str:
+    """Adds the kernels' tree to ``row`` and appends it to ``results/<name>.jsonl``; returns the line."""
+    line = json.dumps({**row, "kernels_tree": kernels_tree()})
     directory = Path(os.environ.get("BENCH_RESULTS", RESULTS))
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f"{name}_{short}.jsonl").open("a") as file:
+    with (directory / f"{name}.jsonl").open("a") as file:
         file.write(line + "\n")
     return line

@@ -1,0 +1,67 @@
+"""Fidelity rows of real models: `vllm_turboquant.evaluation` of a folder in Hugging Face format, on a card or a CPU.
+
+    python -m tests.bench.fidelity MODEL [--contexts 512 4096] [--tokens 8192] [--served 8192] [--only NAME ...]
+    python -m tests.bench.fidelity MODEL --needle 4096 8192 [--only NAME ...]
+
+Appends to ``results/fidelity_<model>.jsonl``, or ``results/needle_<model>.jsonl``. Calibrated cases use bases that are fitted
+here, on the calibration half of the texts, for a context of ``--served`` tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import transformers
+
+from vllm_turboquant.evaluation import Case, EvaluatedModel, retrieval
+from vllm_turboquant.evaluation.calibrate import calibrate
+from vllm_turboquant.evaluation.run import rows
+from vllm_turboquant.evaluation.texts import blocks
+from vllm_turboquant.kernels.format import PRESETS
+
+from .rows import write_row
+
+RIVALS = ("turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc")
+SINKS, WINDOW = 4, 64
+CALIBRATION_TOKENS, CALIBRATION_CONTEXT = 4096, 512
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def cases() -> list[Case]:
+    """Every dtype; vLLM's own TurboQuant also with the four layers that it keeps in bf16, ours with what a request may add."""
+    rivals = [Case(name, skipped=skipped) for name in RIVALS for skipped in (0, 4)]
+    ours = [Case(name, calibrated) for name in PRESETS for calibrated in (False, True)]
+    sinks = [Case(name, True, sinks=SINKS) for name in ("turboquant", "turboquant-k4v3", "turboquant-k3v3")]
+    window = [Case(name, True, sinks=SINKS, window=WINDOW) for name in ("turboquant-k3v3", "turboquant-k2v2")]
+    return [Case("auto"), Case("fp8"), Case("int4_per_token_head"), *rivals, *ours, *sinks, *window]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096])
+    parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens at each context")
+    parser.add_argument("--served", type=int, default=8192, help="context that the calibration is spread over")
+    parser.add_argument("--needle", type=int, nargs="+", metavar="LENGTH", help="needle retrieval instead of divergence")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="dtypes; default all")
+    arguments = parser.parse_args()
+    model, name = EvaluatedModel(arguments.model), Path(arguments.model).name
+    chosen = [case for case in cases() if not arguments.only or case.name in arguments.only]
+    texts = blocks(model.tokenizer, "calibration", CALIBRATION_TOKENS, CALIBRATION_CONTEXT)
+    bases = calibrate(model, texts, arguments.served) if any(case.calibrated for case in chosen) else None
+    card = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
+    common = {"served": arguments.served, "card": card, "torch": torch.__version__, "transformers": transformers.__version__}
+    if arguments.needle:
+        found = retrieval(model, chosen, arguments.needle, DEPTHS, bases)
+        for case, results in zip(chosen, found, strict=True):
+            figures = {"lengths": arguments.needle, "depths": DEPTHS, "found": results, "reads": "compressed"}
+            print(write_row(f"needle_{name}", {"model": name, **vars(case), **figures, **common}))
+        return
+    for row in rows(model, name, chosen, arguments.contexts, bases, arguments.tokens):
+        print(write_row(f"fidelity_{name}", {**row, **common}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""A causal language model in transformers whose layers attend to keys and values as a cache gives them back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..kernels.basis import KeyBasis
+from ..kernels.statistics import KeyStatistics
+from .codecs import Case, decoded
+
+_QUERY_ROWS = 256  # rows attended at once where exact and decoded tokens mix: bounds the score matrix
+_numbers = itertools.count()
+
+
+class EvaluatedModel:
+    """The model of a folder in float32, teacher-forced, one sequence at a time.
+
+    Under a `Case` every token attends to decoded keys and values of all tokens up to and including itself, as if it had been
+    decoded from a full cache; errors propagate through the layers. device: default CUDA if there is one. Raises ValueError
+    for attention that the reader does not reproduce (soft cap, sink logits).
+    """
+
+    def __init__(self, path: str, device: str | None = None) -> None:
+        from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = f"turboquant_evaluation_{next(_numbers)}"
+        AttentionInterface.register(name, self._attend)
+        self.model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=name, dtype=torch.float32)
+        self.model.to(self.device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.layers: int = self.model.config.get_text_config().num_hidden_layers
+        self._case = Case("auto")
+        self._bases: Sequence[KeyBasis] | None = None
+        self._statistics: dict[int, KeyStatistics] | None = None
+
+    @torch.inference_mode()
+    def hidden(self, ids: torch.Tensor, case: Case, bases: Sequence[KeyBasis] | None = None) -> torch.Tensor:
+        """What `logits` turns into logits: float32 ``[T, n]`` for tokens ids int64 ``[T]``. bases: one a layer."""
+        with self._reading(case, bases):
+            return self.model.base_model(ids[None].to(self.device), use_cache=False).last_hidden_state[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 ``[T, n]`` to ``[T, vocabulary]``. Of models whose head is one matrix without soft cap."""
+        return self.model.get_output_embeddings()(hidden)
+
+    @torch.inference_mode()
+    def statistics(self, texts: Sequence[torch.Tensor]) -> list[KeyStatistics]:
+        """Of each layer, over token sequences int64 ``[T]``, unquantised."""
+        self._statistics = {}
+        try:
+            for ids in texts:
+                self.hidden(ids, Case("auto"))
+            return [self._statistics[layer] for layer in range(self.layers)]
+        finally:
+            self._statistics = None
+
+    @torch.inference_mode()
+    def turns(self, shifts: Sequence[int]) -> list[torch.Tensor]:
+        """R(p) of each shift p, float64 orthogonal ``[d, d]``: what rotary embedding at position p does to a vector.
+
+        Raises ValueError where it is not a rotation that a shift of positions adds to another.
+        """
+        body = self.model.base_model
+        rotate = getattr(sys.modules[type(body).__module__], "apply_rotary_pos_emb", None)
+        if rotate is None or not hasattr(body, "rotary_emb"):
+            raise ValueError(f"{type(body).__name__} has no rotary embedding that this evaluation knows")
+        positions = torch.tensor(list(shifts), dtype=torch.int64, device=self.device)[None]
+        cos, sin = body.rotary_emb(torch.zeros(1, 1, dtype=torch.float32, device=self.device), positions)
+        d = cos.shape[-1]
+        eye = torch.eye(d, device=self.device)[None, None]
+        turns = []
+        for c, s in zip(cos[0].split(1), sin[0].split(1), strict=True):
+            rows = rotate(eye, eye, c.expand(d, -1)[None], s.expand(d, -1)[None])[0][0, 0].double()
+            # Scaled variants multiply by a constant, which keys and queries carry already.
+            turns.append((rows / rows.norm(dim=-1).mean()).T)
+            if (turns[-1] @ turns[-1].T - torch.eye(d, dtype=torch.float64, device=self.device)).abs().max() > 1e-4:
+                raise ValueError("rotary embedding at a position is not orthogonal")
+        return turns
+
+    @contextmanager
+    def _reading(self, case: Case, bases: Sequence[KeyBasis] | None) -> Iterator[None]:
+        self._case, self._bases = case, bases
+        try:
+            yield
+        finally:
+            self._case, self._bases = Case("auto"), None
+
+    def _attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **rest: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """transformers' attention function. query ``[1, Hq, T, d]``, key and value ``[1, Hk, T, d]``, keys as stored."""
+        if rest.get("softcap") or rest.get("s_aux") is not None:
+            raise ValueError("attention with a soft cap or sink logits is not evaluated")
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        if self._statistics is not None:
+            fresh = KeyStatistics(k.shape[1], k.shape[2], k.device)
+            self._statistics.setdefault(module.layer_idx, fresh).add(q, k)
+        case, layer = self._case, module.layer_idx
+        basis = None if self._bases is None else self._bases[layer]
+        k_hat, v_hat = decoded(case, k, v, layer, self.layers, basis)
+        sinks = min(case.sinks, len(k))
+        k_hat, v_hat = (torch.cat([x[:sinks], y[sinks:]]) for x, y in ((k, k_hat), (v, v_hat)))
+        scale = scaling or q.shape[-1] ** -0.5
+        if case.window or (sliding_window or len(k)) < len(k):
+            return attend_windowed(q, k, v, k_hat, v_hat, scale, case.window, sliding_window or len(k))[None], None
+        k_hat, v_hat = (x.transpose(0, 1)[None] for x in (k_hat, v_hat))
+        out = scaled_dot_product_attention(query, k_hat, v_hat, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2), None
+
+
+def attend_windowed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_hat: torch.Tensor,
+    v_hat: torch.Tensor,
+    scale: float,
+    window: int,
+    reach: int,
+) -> torch.Tensor:
+    """Causal attention that reads each query's newest ``window`` tokens from k and v, others from k_hat and v_hat.
+
+    q and result: ``[T, Hq, d]``. Keys and values: ``[T, Hk, d]``. A query sees its newest ``reach`` tokens, itself included.
+    """
+    tokens, heads = k.shape[:2]
+    queries = q.unflatten(1, (heads, -1))
+    place = torch.arange(tokens, device=q.device)
+    out = []
+    for start in range(0, tokens, _QUERY_ROWS):
+        rows = slice(start, min(start + _QUERY_ROWS, tokens))
+        age = place[rows, None] - place[None, : rows.stop]
+        exact, seen = age < window, (age >= 0) & (age < reach)
+        scores = [torch.einsum("rhgd,lhd->hgrl", queries[rows], x[: rows.stop]) * scale for x in (k, k_hat)]
+        weights = torch.where(exact, *scores).masked_fill(~seen, -math.inf).softmax(-1)
+        parts = ((weights * exact, v), (weights * ~exact, v_hat))
+        out.append(sum(torch.einsum("hgrl,lhd->rhgd", w, x[: rows.stop]) for w, x in parts))
+    return torch.cat(out).flatten(1, 2)
