@@ -98,12 +98,12 @@ def load(
             sides.append(raw[0].contiguous().view(number).to(dtype))
             continue
         codes = functools.reduce(torch.bitwise_or, [unpack_plane(p, x, odd) for p, x in zip(planes, raw, strict=True)])
-        based = kind == "key" and basis is not None
-        side = [scalars[kind].abs() if based else scalars[kind], *([scalars["sketch_norm"]] if codec.sketch else [])]
+        own = basis if kind == "key" else None
+        side = [scalars[kind] if own is None else scalars[kind].abs(), *([scalars["sketch_norm"]] if codec.sketch else [])]
         y = decode_vectors(codes, side, codec, _sketch(fmt, codec, seed, cache.device), dtype)
-        if based:
+        if own is not None:
             near = scalars[kind].signbit().repeat_interleave(fmt.scale_group, -1)
-            y = torch.where(near, y + basis.offset.to(device=y.device, dtype=dtype), y)
+            y = torch.where(near, y + own.offset.to(device=y.device, dtype=dtype), y)
         sides.append(y)
     return sides[0], sides[1]
 

@@ -137,14 +137,15 @@ def store(
     if tokens == 0:
         return
     matrix, sketch, signs = _constants(fmt, cache.device, key.dtype)
-    based = basis is not None and fmt.preset.key.bits != 32
+    if fmt.preset.key.bits == 32:
+        basis = None
     _store_kernel[(triton.cdiv(tokens, _TOKENS), heads * fmt.groups, 2)](
         key,
         value,
         slot_mapping,
-        key_matrix=basis.forward if based else matrix,
-        key_mean=basis.mean if based else None,
-        key_offset=basis.offset if based else None,
+        key_matrix=matrix if basis is None else basis.forward,
+        key_mean=None if basis is None else basis.mean,
+        key_offset=None if basis is None else basis.offset,
         value_matrix=matrix,
         sketch=sketch,
         tokens=tokens,
@@ -159,9 +160,9 @@ def store(
         GP=next_power_of_2(fmt.scale_group),
         BT=_TOKENS,
         CANDIDATES=SCALE_CANDIDATES,
-        KEY_SIGNS=signs and not based,
+        KEY_SIGNS=signs and basis is None,
         VALUE_SIGNS=signs,
-        BASIS=based,
+        BASIS=basis is not None,
         PRE=1.0 if key.dtype == torch.float16 else _PRESCALE,
         num_warps=4,
         **page_arguments(cache, fmt),
