@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +48,12 @@ def load(
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model
 
+    from vllm_turboquant import calibration, calibration_run
+
+    recipe = replace(calibration_run.RECIPE, tokens=512, sequence=256)  # a tiny model needs no more, and is started often
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as vLLM's CPU worker has it
+    monkeypatch.setattr(calibration_run, "RECIPE", recipe)
+    monkeypatch.setattr(calibration, "RECIPE", recipe)
     monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path / "cache"), raising=False)
 
     def create(kind: str, seed: int, calibration: str = "auto", **arguments: Any) -> SimpleNamespace:

@@ -43,13 +43,14 @@ DEVIATION = {
 Results = dict[str, dict[str, Any]]
 
 
-def run_jobs(jobs: list[dict[str, Any]], folder: Path) -> Results:
+def run_jobs(jobs: list[dict[str, Any]], folder: Path, **environment: str) -> Results:
+    """Writes ``engines.log`` into ``folder``; ``environment``: variables for the engines beside those of all tests."""
     todo, done, log = folder / "jobs.json", folder / "results.json", folder / "engines.log"
     todo.write_text(json.dumps(jobs))
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, engine.__file__, str(todo), str(done)],
-            env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "2"},
+            env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "2"} | environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
