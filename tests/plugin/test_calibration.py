@@ -34,6 +34,7 @@ IDENTITY = Identity(
     hidden_size=256,
     vocabulary=1024,
     model_layers=6,
+    dtype="bfloat16",
     fingerprints=("a", "b"),
     layers=LAYERS,
     positions=8192,
@@ -114,6 +115,7 @@ def test_other_files_are_told_apart(written: Path, tmp_path: Path) -> None:
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"architecture": "Qwen2ForCausalLM"}, "another model"),
     "hidden size": ({"hidden_size": 512}, "hidden_size 256 instead of 512"),
+    "dtype": ({"dtype": "float16"}, "with --dtype bfloat16 instead of float16"),
     "longer": ({"positions": 8193}, "at up to 8192 tokens, 8193 are to be served"),
     "shorter": ({"positions": 100}, ""),
     "ranks": ({"fingerprints": ("a",)}, "tensor parallel size 2 instead of 1"),
