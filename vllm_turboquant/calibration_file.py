@@ -33,7 +33,7 @@ class CalibrationFileError(Exception):
 class Identity:
     """What a calibration depends on.
 
-    architecture, hidden_size, vocabulary, model_layers: of the model's configuration. fingerprints: of the loaded weights,
+    architecture, hidden_size, vocabulary, model_layers, dtype: of the model's configuration. fingerprints: of the loaded weights,
     by tensor-parallel rank. layers: calibrated layers to ``[KV heads of a rank, head size]``. positions: the served length
     that the statistics cover. recipe: what the model was run on. model, revision: as the user named them, not compared.
     """
@@ -44,6 +44,7 @@ class Identity:
     hidden_size: int
     vocabulary: int
     model_layers: int
+    dtype: str
     fingerprints: tuple[str, ...]
     layers: dict[str, tuple[int, int]]
     positions: int
@@ -69,6 +70,7 @@ def configured_identity(config: Any, ranks: int) -> Identity:
         hidden_size=config.get_hidden_size(),
         vocabulary=config.get_vocab_size(),
         model_layers=config.get_total_num_hidden_layers(),
+        dtype=str(config.dtype).removeprefix("torch."),
         fingerprints=("",) * ranks,
         layers={},
         positions=config.max_model_len,
@@ -185,6 +187,8 @@ def mismatch(found: Identity, wanted: Identity) -> str | None:
     for name in ("architecture", "hidden_size", "vocabulary", "model_layers"):
         if getattr(found, name) != getattr(wanted, name):
             return f"{made}, another model ({name} {getattr(found, name)} instead of {getattr(wanted, name)})"
+    if found.dtype != wanted.dtype:
+        return f"{made} with --dtype {found.dtype} instead of {wanted.dtype}"
     if wanted.positions > found.positions:
         return f"{made} at up to {found.positions} tokens, {wanted.positions} are to be served"
     if found.ranks != wanted.ranks:
@@ -192,6 +196,6 @@ def mismatch(found: Identity, wanted: Identity) -> str | None:
     if not any(wanted.fingerprints):
         return None
     if found.fingerprints != wanted.fingerprints:
-        return f"{made} with other weights or another dtype"
+        return f"{made} with other weights"
     missing = [name for name, shape in wanted.layers.items() if found.layers.get(name) != shape]
     return f"{made} and lacks layer {missing[0]}" if missing else None
