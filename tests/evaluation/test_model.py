@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_turboquant.evaluation import metrics, texts
-from vllm_turboquant.evaluation.calibrate import calibrate
+from vllm_turboquant.evaluation.calibrate import calibrate, shifts
 from vllm_turboquant.evaluation.codecs import Case
 from vllm_turboquant.evaluation.metrics import Divergence
 from vllm_turboquant.evaluation.model import EvaluatedModel, attend_windowed
@@ -179,6 +179,13 @@ def test_turns_are_the_models_rotary_embedding(model, ids):
         assert torch.allclose(flat[0].double() @ turn.T, flat[p].double(), atol=1e-3)
     one, two, three = model.turns((1, 2, 3))
     assert torch.allclose(one @ two, three, atol=1e-5) and key.shape == flat.shape
+
+
+@pytest.mark.parametrize("served", [512, 8192, 131072])
+def test_shifts_stay_within_the_context(served):
+    found = shifts(served)
+    assert len(found) == 24 and found[0] == 0 and max(found) < served
+    assert sum(shift < served / 4 for shift in found) >= 12
 
 
 def test_calibration_shows_and_a_bad_mean_shows(model, ids):
