@@ -10,6 +10,19 @@ from .basis import KeyBasis, balanced_transform, key_basis
 
 # First tokens of a sequence that are left out of the sums: attention sinks spread over a few.
 SKIPPED = 4
+_GEOMETRIC, _UNIFORM = 16, 8
+
+
+def shifts(served: int) -> list[int]:
+    """Where a calibration text is put in a context of ``served`` tokens, at least 16, two thirds of them near its start.
+
+    Rotary embedding turns a head's mean and its quiet directions with position, so one basis is a compromise over the context.
+    Uniform shifts alone cost the first thousand tokens, which every request has, twice the divergence of a basis of their own;
+    geometric ones alone cost as much at the far end.
+    """
+    ratio = (served / 8) ** (1 / (_GEOMETRIC - 1))
+    geometric = [round(8 * ratio**i) for i in range(_GEOMETRIC - 1)]
+    return [0, *geometric, *(served * i // _UNIFORM for i in range(_UNIFORM))]
 
 
 class KeyStatistics:

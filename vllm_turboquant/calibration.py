@@ -1,7 +1,7 @@
 """The key basis of every compressed layer, chosen once per start: after weights are loaded, before the KV cache is sized.
 
-With calibration, keys and queries of a run over random tokens are rotated to positions over the whole served length before
-their moments are taken: a transform that knows the first positions only is worse than none far beyond them.
+With calibration, keys and queries of a run over text are rotated to positions over the whole served length before their
+moments are taken: a transform that knows the first positions only is worse than none far beyond them.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _run(
         for name, one in statistics.items():
             own[name] = one.basis(centred=centred(name, layers))
         reason = None if own.keys() == owners(layers).keys() else "the model's run passed some layers by"
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         # What a model that cannot be driven like this raises; it may still be served.
         reason = f"the run failed with {type(error).__name__}: {error}"
     if not _everywhere(reason is None):

@@ -1,4 +1,4 @@
-"""One run of a loaded model over random tokens, without KV cache, that collects statistics of keys and queries."""
+"""One run of a loaded model, without KV cache, that collects statistics of keys and queries."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.parallel_state import get_world_group
 from vllm.forward_context import set_forward_context
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from .kernels.attention import attend_raw
-from .kernels.statistics import KeyStatistics
+from .kernels.statistics import KeyStatistics, shifts
 from .rotary import is_rotary, turns
+from .texts import blocks
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """``tokens`` random ids in sequences of ``sequence``, and how many ``shifts`` of them cover the served length."""
+    """How many ``tokens`` in sequences of ``sequence``."""
 
     tokens: int
     sequence: int
-    shifts: int
-    seed: int
 
     def limited(self, config: VllmConfig) -> Recipe:
         """With sequences that the engine could be asked for in one step: buffers of a model may be that small."""
@@ -32,7 +33,7 @@ class Recipe:
         return replace(self, sequence=min(self.sequence, most))
 
 
-RECIPE = Recipe(tokens=2048, sequence=1024, shifts=16, seed=0)
+RECIPE = Recipe(tokens=2048, sequence=512)
 
 
 class RawAttention:
@@ -110,6 +111,23 @@ class _Run:
         return key, value
 
 
+def token_ids(model_config: Any, recipe: Recipe) -> list[torch.Tensor]:
+    """What the model is run on, int64 ``[T]`` each, the same on all ranks: text, or random ids where vLLM loads no tokenizer.
+
+    On SmolLM2 random ids leave codes of 4 bits 28% more divergence than text does.
+    """
+    group, ids = get_world_group(), None
+    if group.is_first_rank:
+        tokenizer = cached_tokenizer_from_config(model_config)
+        if tokenizer is None:
+            generator = torch.Generator().manual_seed(0)
+            ids = list(torch.randint(model_config.get_vocab_size(), (recipe.tokens,), generator=generator).split(recipe.sequence))
+        else:
+            ids = blocks(tokenizer, "calibration", recipe.tokens, recipe.sequence)
+    result: list[torch.Tensor] = group.broadcast_object(ids, src=0)
+    return result
+
+
 def run_model(
     config: VllmConfig, model: torch.nn.Module, attention: Mapping[str, Any], wanted: Set[str], device: torch.device
 ) -> dict[str, KeyStatistics]:
@@ -121,23 +139,20 @@ def run_model(
     recipe = RECIPE.limited(config)
     targets = {layer.kv_sharing_target_layer_name for layer in attention.values()} - {None}
     run = _Run(wanted, targets)
-    generator = torch.Generator().manual_seed(recipe.seed)
     with torch.inference_mode(), set_current_vllm_config(config), _standing_in(run, model, attention):
-        for start in range(0, recipe.tokens, recipe.sequence):
-            count = min(recipe.sequence, recipe.tokens - start)
-            ids = torch.randint(config.model_config.get_vocab_size(), (count,), generator=generator).to(device)
-            positions = torch.arange(count, device=device)
+        for ids in token_ids(config.model_config, recipe):
+            positions = torch.arange(len(ids), device=device)
             # Eager: what is compiled was not compiled yet, and compiling for this one length would cost more than the run.
-            with set_forward_context(None, config, num_tokens=count, skip_compiled=True):
-                model(input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
-        shifts = torch.linspace(0, config.model_config.max_model_len - recipe.sequence, recipe.shifts).long().unique().to(device)
+            with set_forward_context(None, config, num_tokens=len(ids), skip_compiled=True):
+                model(input_ids=ids.to(device), positions=positions, intermediate_tensors=None, inputs_embeds=None)
+        places = torch.tensor(shifts(config.model_config.max_model_len), device=device)
         matrices: dict[int, torch.Tensor] = {}
         spread: dict[str, KeyStatistics] = {}
         for name, one in run.statistics.items():
             module = run.rotary[name]
             if module is not None:
                 if id(module) not in matrices:
-                    matrices[id(module)] = turns(module, shifts)
+                    matrices[id(module)] = turns(module, places)
                 one = one.spread(matrices[id(module)])
             spread[name] = one.to("cpu")
     return spread

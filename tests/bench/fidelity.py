@@ -18,8 +18,8 @@ import transformers
 from vllm_turboquant.evaluation import Case, EvaluatedModel, retrieval
 from vllm_turboquant.evaluation.calibrate import calibrate
 from vllm_turboquant.evaluation.run import rows
-from vllm_turboquant.evaluation.texts import blocks
 from vllm_turboquant.kernels.format import PRESETS
+from vllm_turboquant.texts import blocks
 
 from .rows import write_row
 

@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 
-from vllm_turboquant.evaluation import metrics, texts
-from vllm_turboquant.evaluation.calibrate import calibrate, shifts
+from vllm_turboquant import texts
+from vllm_turboquant.evaluation import metrics
+from vllm_turboquant.evaluation.calibrate import calibrate
 from vllm_turboquant.evaluation.codecs import Case
 from vllm_turboquant.evaluation.metrics import Divergence
 from vllm_turboquant.evaluation.model import EvaluatedModel, attend_windowed
 from vllm_turboquant.evaluation.needle import FACT, QUESTION, needle, retrieval
 from vllm_turboquant.evaluation.run import evaluate, rows
-from vllm_turboquant.kernels.statistics import SKIPPED
+from vllm_turboquant.kernels.statistics import SKIPPED, shifts
 
 transformers = pytest.importorskip("transformers")
 LAYERS, HEADS, KV_HEADS, D, VOCABULARY = 3, 4, 2, 32, 300
@@ -22,8 +23,8 @@ LAYERS, HEADS, KV_HEADS, D, VOCABULARY = 3, 4, 2, 32, 300
 class Letters:
     """A tokenizer of one token a character."""
 
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": ([0] if add_special_tokens else []) + [1 + ord(c) % (VOCABULARY - 1) for c in text]}
+    def encode(self, text, add_special_tokens=True):
+        return ([0] if add_special_tokens else []) + [1 + ord(c) % (VOCABULARY - 1) for c in text]
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +256,7 @@ def test_texts_are_the_same_at_every_context_and_halves_share_none():
 def test_needle_is_where_it_should_be(depth):
     ids, answer = needle(Letters(), 2000, depth, seed=5)
     number = "".join(chr(i - 1) for i in ids[-answer:].tolist()).strip()
-    fact = torch.tensor(Letters()(FACT.format(number=number), add_special_tokens=False)["input_ids"])
+    fact = torch.tensor(Letters().encode(FACT.format(number=number), add_special_tokens=False))
     places = [i for i in range(2000 - len(fact)) if torch.equal(ids[i : i + len(fact)], fact)]
     assert len(ids) == 2000 and len(places) == 1
     room = 2000 - 1 - len(fact) - len(QUESTION) - answer

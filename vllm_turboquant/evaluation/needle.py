@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..kernels.basis import KeyBasis
+from ..texts import prose
 from .codecs import Case
 from .model import EvaluatedModel
-from .texts import prose
 
 FACT = "\n\nThe secret number of the lighthouse is {number}.\n\n"
 QUESTION = "\n\nQuestion: What is the secret number of the lighthouse?\nAnswer: The secret number of the lighthouse is"
 
 
-def needle(tokenizer: object, length: int, depth: float, seed: int) -> tuple[torch.Tensor, int]:
+def needle(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[torch.Tensor, int]:
     """Tokens int64 ``[length]`` of filler, fact, filler, question and answer; and how many last tokens are the answer.
 
     depth: 0 puts the fact first, 1 right before the question. Raises ValueError where ``length`` is too short.
     """
 
     def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        return tokenizer.encode(text, add_special_tokens=False)
 
     number = str(random.Random(seed).randrange(10_000, 100_000))
-    prefix = tokenizer("")["input_ids"]  # type: ignore[operator]
+    prefix = tokenizer.encode("")
     fact, question, answer = encode(FACT.format(number=number)), encode(QUESTION), encode(f" {number}")
     room = length - len(prefix) - len(fact) - len(question) - len(answer)
     filler = encode(prose("held-out")[: 10 * length])

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from ..kernels.basis import KeyBasis
+from ..texts import blocks
 from .codecs import Case
 from .metrics import Divergence
 from .model import EvaluatedModel
-from .texts import blocks
 
 _LOGITS = 2**26  # of one chunk of positions: 256 MB of float32
 

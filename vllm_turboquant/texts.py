@@ -46,13 +46,13 @@ def blocks(tokenizer: Any, half: str, tokens: int, context: int) -> list[torch.T
 
     Each starts with the tokens that the tokenizer puts before a text. Raises ValueError where the half has too little text.
     """
-    prefix = tokenizer("")["input_ids"]
+    prefix = tokenizer.encode("")
     body = context - len(prefix)
     count = -(-tokens // context)
     streams = []
     for text, share in ((prose(half), -(-count // 2)), (code(half), count // 2)):
         # A token is at least one character, and no text has ten times fewer tokens than characters.
-        ids = tokenizer(text[: 10 * share * body], add_special_tokens=False)["input_ids"]
+        ids = tokenizer.encode(text[: 10 * share * body], add_special_tokens=False)
         if len(ids) < share * body:
             raise ValueError(f"{tokens} tokens asked for, but one text has only {len(ids)}")
         streams.append([prefix + ids[i * body : (i + 1) * body] for i in range(share)])
