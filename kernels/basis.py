@@ -24,10 +24,9 @@ class KeyBasis:
     """One affine map a KV head, with two means. A key k is stored as ``y = forward (k - m)`` and read as ``inverse y + m``.
 
     forward, inverse: fp32 ``[Hk, d, d]``, contiguous, each other's inverse. mean, sink_mean: fp32 ``[Hk, d]``; m is the one that
-    is nearer in the stored basis, decided for each scale group of dims alone; the sign of the group's stored scale says which
-    (negative: sink_mean). The first token of a sequence is what most heads attend to when they have nothing to attend to: its
-    keys are nearly the same in all texts, far from all others, and no error costs more than theirs. Keys without a stored
-    scale (8 bits) know ``mean`` alone.
+    is nearer in the stored basis, and the sign of the key's stored scales says which (negative: sink_mean). The first token of
+    a sequence is what most heads attend to when they have nothing to attend to: its keys are nearly the same in all texts, far
+    from all others, and no error costs more than theirs. Keys without a stored scale (8 bits) know ``mean`` alone.
 
     A query q of the head attends to stored keys as ``inverse^T q``: ``<inverse^T q, y + offset> = <q, k> - <q, mean>``, whose
     last term is the same for all keys of the head; ``offset`` counts where m is sink_mean.
@@ -52,6 +51,16 @@ class KeyBasis:
     def offset(self) -> torch.Tensor:
         """``forward (sink_mean - mean)``, fp32 ``[Hk, d]``."""
         return torch.einsum("hij,hj->hi", self.forward.double(), (self.sink_mean - self.mean).double()).float()
+
+    @cached_property
+    def normal(self) -> torch.Tensor:
+        """``forward^T offset``, fp32 ``[Hk, d]``: keys beyond ``middle`` in this direction are nearer to sink_mean."""
+        return torch.einsum("hij,hi->hj", self.forward.double(), self.offset.double()).float()
+
+    @cached_property
+    def middle(self) -> torch.Tensor:
+        """Half way between the means, fp32 ``[Hk, d]``."""
+        return (self.mean + self.sink_mean) / 2
 
     def to(self, device: torch.device) -> KeyBasis:
         return KeyBasis(*(x.to(device) for x in self.tensors))
@@ -90,19 +99,21 @@ def by_head(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     return torch.einsum("th...i,hij->th...j", x, matrices.to(device=x.device, dtype=x.dtype))
 
 
-def turn_keys(key: torch.Tensor, fmt: PageFormat, seed: int, basis: KeyBasis | None) -> torch.Tensor:
-    """Keys ``[T, Hk, d]`` as they are stored."""
-    if basis is None or fmt.preset.key.bits == 32:
-        return rotate(key, fmt, fmt.preset.key, seed)
-    return by_head(key - basis.mean.to(device=key.device, dtype=key.dtype), basis.forward.mT)
+def turn_keys(key: torch.Tensor, fmt: PageFormat, seed: int, basis: KeyBasis | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Keys ``[T, Hk, d]`` as they are stored, and which of them are relative to the second mean, bool ``[T, Hk]``.
 
-
-def recentre(y: torch.Tensor, fmt: PageFormat, basis: KeyBasis) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stored keys ``[T, Hk, d]`` relative to each group's nearer mean, and where that is the second, ``[T, Hk, groups]``."""
-    offset = basis.offset.to(device=y.device, dtype=y.dtype).unflatten(-1, (-1, fmt.scale_group))
-    parts = y.unflatten(-1, (-1, fmt.scale_group))
-    near = (parts * offset).sum(-1) > (offset * offset).sum(-1) / 2
-    return torch.where(near[..., None], parts - offset, parts).flatten(-2), near
+    The latter is None where no stored scale can say so.
+    """
+    codec = fmt.preset.key
+    if basis is None or codec.bits == 32:
+        return rotate(key, fmt, codec, seed), None
+    mean, sink_mean, normal, middle = (
+        x.to(device=key.device, dtype=key.dtype) for x in (basis.mean, basis.sink_mean, basis.normal, basis.middle)
+    )
+    if not codec.scaled:
+        return by_head(key - mean, basis.forward.mT), None
+    second = ((key - middle) * normal).sum(-1) > 0
+    return by_head(key - torch.where(second[..., None], sink_mean, mean), basis.forward.mT), second
 
 
 def turn_queries(query: torch.Tensor, fmt: PageFormat, seed: int, basis: KeyBasis | None) -> torch.Tensor:

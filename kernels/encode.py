@@ -10,6 +10,18 @@ import triton.language as tl
 
 
 @triton.jit
+def _beyond(x, live, normal, middle, D: tl.constexpr, PRE: tl.constexpr):
+    """bool [BT]: vectors beyond ``middle`` in the direction ``normal``."""
+    BK: tl.constexpr = 64 if D % 64 == 0 else 32 if D % 32 == 0 else 16
+    acc = tl.zeros([live.shape[0]], tl.float32)
+    for k in range(0, D, BK):
+        i = k + tl.arange(0, BK)
+        a = tl.load(x[:, None] + i[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+        acc += tl.sum((a * PRE - (tl.load(middle + i) * PRE)[None, :]) * tl.load(normal + i)[None, :], axis=1)
+    return acc > 0
+
+
+@triton.jit
 def _rotate_group(
     x,
     live,
@@ -103,6 +115,8 @@ def store_side(
     matrix,
     mean,
     offset,
+    normal,
+    middle,
     sketch,
     table,
     scalars,
@@ -140,9 +154,8 @@ def store_side(
             COUNT: tl.constexpr = 1 << (BITS - 1)
             y = tl.where(broken[:, None], 0.0, y)
             if BASIS:
+                near = _beyond(x, live, normal, middle, D, PRE)
                 second = tl.load(offset + group * GROUP + column, mask=column < GROUP, other=0.0)
-                # Nearer to the second mean: |y - o|^2 < |y|^2, without squares of y.
-                near = tl.sum(y * second[None, :], axis=1) > tl.sum(second * second, axis=0) * (0.5 * PRE)
                 y = tl.where(near[:, None], y - second[None, :] * PRE, y)
             top = tl.max(tl.abs(y), axis=1)
             safe = tl.where(top > 0, top, 1.0)

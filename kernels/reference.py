@@ -11,7 +11,7 @@ import functools
 import torch
 
 from .attention import attend_last
-from .basis import KeyBasis, by_head, recentre, rotate, turn_keys, turn_queries
+from .basis import KeyBasis, by_head, rotate, turn_keys, turn_queries
 from .codec import decode_vectors, encode_vectors, to_e4m3
 from .format import PageFormat, Preset, VectorCodec, page_format, scale_group
 from .packing import pack_plane, read_tokens, unpack_plane, write_tokens
@@ -30,15 +30,12 @@ def _encode_side(
     if codec.bits == 32:
         return [x.to(torch.float32).contiguous().view(torch.uint8)], []
     x = x.to(torch.float64)
-    y = turn_keys(x, fmt, seed, basis) if kind == "key" else rotate(x, fmt, codec, seed)
+    y, second = turn_keys(x, fmt, seed, basis) if kind == "key" else (rotate(x, fmt, codec, seed), None)
     if codec.bits == 8:
         return [to_e4m3(y)], []
-    near = None
-    if kind == "key" and basis is not None:
-        y, near = recentre(y, fmt, basis)
     codes, scalars = encode_vectors(y, codec, fmt.scale_group, _sketch(fmt, codec, seed, x.device), scale)
-    if near is not None:
-        scalars[0] = torch.where(near, -scalars[0], scalars[0])
+    if second is not None:
+        scalars[0] = torch.where(second[..., None], -scalars[0], scalars[0])
     return [pack_plane(plane, codes, odd) for plane in planes], scalars
 
 
@@ -102,8 +99,8 @@ def load(
         side = [scalars[kind] if own is None else scalars[kind].abs(), *([scalars["sketch_norm"]] if codec.sketch else [])]
         y = decode_vectors(codes, side, codec, _sketch(fmt, codec, seed, cache.device), dtype)
         if own is not None:
-            near = scalars[kind].signbit().repeat_interleave(fmt.scale_group, -1)
-            y = torch.where(near, y + own.offset.to(device=y.device, dtype=dtype), y)
+            second = scalars[kind].signbit().repeat_interleave(fmt.scale_group, -1)
+            y = torch.where(second, y + own.offset.to(device=y.device, dtype=dtype), y)
         sides.append(y)
     return sides[0], sides[1]
 

@@ -36,6 +36,8 @@ def _store_kernel(
     key_matrix,
     key_mean,
     key_offset,
+    key_normal,
+    key_middle,
     value_matrix,
     sketch,
     key_table,
@@ -91,14 +93,18 @@ def _store_kernel(
             key_matrix += head * D * D
             key_mean += head * D
             key_offset += head * D
+            key_normal += head * D
+            key_middle += head * D
         store_side(
-            x, unit, token, live, key_matrix, key_mean, key_offset, sketch, key_table, key_scalars, key_norms, group,
+            x, unit, token, live, key_matrix, key_mean, key_offset, key_normal, key_middle, sketch,
+            key_table, key_scalars, key_norms, group,
             KEY_BITS, KEY_SKETCH, KEY_LEVELS, KEY_PER_SIGMA, K0, K1, K2, D, GROUP, GP, CANDIDATES, KEY_SIGNS, BASIS, PRE,
         )  # fmt: skip
     else:
         x = value + t * value_stride_token + head * value_stride_head
         store_side(
-            x, unit, token, live, value_matrix, key_mean, key_offset, sketch, value_table, value_scalars, value_scalars, group,
+            x, unit, token, live, value_matrix, key_mean, key_offset, key_normal, key_middle, sketch,
+            value_table, value_scalars, value_scalars, group,
             VALUE_BITS, False, VALUE_LEVELS, VALUE_PER_SIGMA, V0, V1, V2, D, GROUP, GP, CANDIDATES, VALUE_SIGNS, False, PRE,
         )  # fmt: skip
 
@@ -146,6 +152,8 @@ def store(
         key_matrix=matrix if basis is None else basis.forward,
         key_mean=None if basis is None else basis.mean,
         key_offset=None if basis is None else basis.offset,
+        key_normal=None if basis is None else basis.normal,
+        key_middle=None if basis is None else basis.middle,
         value_matrix=matrix,
         sketch=sketch,
         tokens=tokens,

@@ -155,9 +155,19 @@ DEVICE void attend_pair(const Params &p, State &a, const Bounds &b, const Levels
                         int lane) {
   const int g = lane >> 2, t = lane & 3;
   float score[2][TILES][4], value_scale[2][PANELS][2];
-  u32 weights[2][TILES][PANELS][2], hidden = 0;
+  u32 weights[2][TILES][PANELS][2], hidden = 0, key_scales[2];
 #pragma unroll
-  for (int u = 0; u < 2; u++) score_unit(p, a, b, keys, slot + u * UNIT_BYTES, g, t, score[u], value_scale[u]);
+  for (int u = 0; u < 2; u++) score_unit(a, keys, slot + u * UNIT_BYTES, g, t, score[u], value_scale[u], key_scales[u]);
+#if KEY_BASIS
+  if (any_lane((key_scales[0] | key_scales[1]) & 0x80008000u)) meet_second_means(b, key_scales, t, score);
+#endif
+  if (SOFT_CAP)
+#pragma unroll
+    for (int u = 0; u < 2; u++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) score[u][n][e] = cap_score(score[u][n][e], p.soft_cap);
   const bool edge = token + 32 > b.all_see || (WINDOW && token < b.all_see_from);
   if (edge) hidden = hide(p, b, token, g, t, score, value_scale);
   raise_peaks(a, score, value_scale);

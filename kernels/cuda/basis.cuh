@@ -5,7 +5,7 @@
 #if KEY_BASIS
 #define MATRIX_TILES (D / 16)
 #define MATRIX_BYTES (MATRIX_PARTS * 2 * D * D)
-#define BASIS_BYTES (MATRIX_BYTES + 16 + 4 * (1 + SCALES) * D)
+#define BASIS_BYTES (MATRIX_BYTES + 16 + 8 * D)
 
 // Rows 16 * tile .. of the inverse times the scale group's levels, for the unit's two halves: [half][MMA's result].
 DEVICE void multiply_rows(const u8 *basis, int tile, int group, const u32 (*y)[D / 8], int lane, float (*sum)[4]) {
@@ -39,19 +39,14 @@ DEVICE void decode_keys(const u8 *unit, const u8 *basis, int token, int begin, i
       for (int o = 0; o < KEY_OCTETS; o++) key_levels(row, o, table, y[half] + 4 * (panel * KEY_OCTETS + o));
     }
   const float factor = *(const float *)(basis + MATRIX_BYTES);
-  float scale[SCALES][2][2];  // of token 2t + e of a half
-  u32 second[SCALES];         // bit 2 * half + e: that token is relative to the second mean
+  // Of tokens 2t and 2t + 1, both halves in a word, in fp16 to save registers; negative: relative to the second mean.
+  u32 scales[SCALES][2];
 #pragma unroll
   for (int group = 0; group < SCALES; group++) {
     u32 words[4];
     load_page_128(unit + SCALE_BASE + group * SCALE_GROUP_BYTES + t * 16, words);
-    second[group] = 0;
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      scale[group][0][e] = fabsf(f16_low(words[2 * e])) * factor;
-      scale[group][1][e] = fabsf(f16_high(words[2 * e])) * factor;
-      second[group] |= (words[2 * e] >> 15 & 1) << e | words[2 * e] >> 31 << (2 + e);
-    }
+    scales[group][0] = words[0];
+    scales[group][1] = words[2];
   }
   // Four tiles give a lane eight consecutive dims: rows g and g + 8 of the i-th are its dims 2i and 2i + 1.
 #pragma unroll 1
@@ -72,16 +67,19 @@ DEVICE void decode_keys(const u8 *unit, const u8 *basis, int token, int begin, i
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) x[half][i][e] += sum[half][e] * scale[group][half][e & 1];
-        if (second[group]) {
-          u32 farther[2];
-          load_page_64(basis + MATRIX_BYTES + 16 + (64 * j + 8 * g + 2 * i + (1 + group) * D) * 4, farther);
+          for (int e = 0; e < 4; e++) {
+            u32 both = scales[group][e & 1];
+            x[half][i][e] += sum[half][e] * (fabsf(half ? f16_high(both) : f16_low(both)) * factor);
+          }
+      }
+      if ((scales[0][0] | scales[0][1]) & 0x80008000u) {
+        u32 farther[2];
+        load_page_64(basis + MATRIX_BYTES + 16 + (64 * j + 8 * g + 2 * i + D) * 4, farther);
 #pragma unroll
-          for (int half = 0; half < 2; half++)
+        for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-              if (second[group] >> (2 * half + (e & 1)) & 1) x[half][i][e] += bits_to_float(farther[e >> 1]);
-        }
+          for (int e = 0; e < 4; e++)
+            if (scales[0][e & 1] >> (half ? 31 : 15) & 1) x[half][i][e] += bits_to_float(farther[e >> 1]);
       }
     }
 #pragma unroll

@@ -1,7 +1,7 @@
 // Decode attention over TurboQuant pages in one launch. Work in units of 16 tokens is spread evenly over a fixed grid; the
 // CTAs that share a (request, head) leave partial results, and whichever is last merges them.
 
-#define SECONDS (KEY_BASIS ? PANELS * COLUMNS : 0)
+#define SECONDS (KEY_BASIS ? COLUMNS : 0)
 
 static_assert(SHARED_BYTES == WARPS * STAGES * SLOT_BYTES + WARPS * MERGE_ROWS * (D + 2) * 4 + COLUMNS * (2 * D + 8) +
                                   SECONDS * 4 + WARPS * STAGES * 8 + 16,

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..basis import KeyBasis
-from .variant import PANEL
 
 
 def _kept(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -33,9 +32,9 @@ def _kept(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 @_kept
 def query_fragments(basis: KeyBasis) -> torch.Tensor:
-    """What turns queries: uint8 ``[Hk, 2 d^2 + 16 + 4 groups d]``, on the basis's device.
+    """What turns queries: uint8 ``[Hk, 2 d^2 + 16 + 4 d]``, on the basis's device.
 
-    A head's record: ``inverse^T / 2^e`` in fp16; ``2^e`` in fp32 and padding; `second_means` in fp32. The matrix's rows are
+    A head's record: ``inverse^T / 2^e`` in fp16; ``2^e`` in fp32 and padding; `second_mean` in fp32. The matrix's rows are
     shorter than 2^11, so that queries of components below 1 turn into numbers below 2^11 sqrt(d) <= 2^15, which fp16 holds
     with all its bits down to 2^-14: no bound of the turned query itself is needed.
     """
@@ -43,30 +42,25 @@ def query_fragments(basis: KeyBasis) -> torch.Tensor:
     power = torch.frexp(matrix.norm(dim=-1).amax(-1)).exponent - 11
     d = matrix.shape[-1]
     rows = [16 * tile + 2 * (row & 7) + (row >> 3) for tile in range(d // 16) for row in range(16)]
-    return torch.cat([_records(matrix, power, rows, 1), second_means(basis)], -1)
+    return torch.cat([_records(matrix, power, rows, 1), second_mean(basis)], -1)
 
 
 @_kept
 def key_fragments(basis: KeyBasis, parts: int) -> torch.Tensor:
-    """What turns decoded keys back: uint8 ``[Hk, 2 parts d^2 + 16 + 4 (1 + groups) d]``, on the basis's device.
+    """What turns decoded keys back: uint8 ``[Hk, 2 parts d^2 + 16 + 8 d]``, on the basis's device.
 
     A head's record: ``inverse / 2^e`` in fp16; with 2 parts what that rounds off, again in fp16; ``2^e`` in fp32 and padding;
-    the mean and `second_means` in fp32. Entries are below 2^15.
+    the mean and `second_mean` in fp32. Entries are below 2^15.
     """
     power = torch.frexp(basis.inverse.abs().amax((-2, -1))).exponent - 15
     d = basis.inverse.shape[-1]
     rows = [64 * (tile >> 2) + 8 * (row & 7) + 2 * (tile & 3) + (row >> 3) for tile in range(d // 16) for row in range(16)]
-    return torch.cat([_records(basis.inverse, power, rows, parts), basis.mean.view(torch.uint8), second_means(basis)], -1)
+    return torch.cat([_records(basis.inverse, power, rows, parts), basis.mean.view(torch.uint8), second_mean(basis)], -1)
 
 
-def second_means(basis: KeyBasis) -> torch.Tensor:
-    """By how much a key is farther on where a scale group is relative to the second mean: fp32 ``[groups, d]`` a head, as bytes.
-
-    In the model's basis: ``inverse`` times the group's part of the offset, so that a query needs no turn to meet it.
-    """
-    heads, d = basis.mean.shape
-    parts = (basis.inverse.double() * basis.offset.double()[:, None]).unflatten(-1, (-1, min(d, PANEL))).sum(-1)
-    return parts.mT.to(torch.float32).contiguous().view(heads, -1).view(torch.uint8)
+def second_mean(basis: KeyBasis) -> torch.Tensor:
+    """How far the second mean is from the first, fp32 ``[Hk, d]`` in the model's own basis, as bytes."""
+    return (basis.sink_mean - basis.mean).view(torch.uint8)
 
 
 def slot_dims(d: int) -> list[int]:

@@ -3,7 +3,7 @@
 #define MATRIX_TILES (D / 16)
 #define ROW_MMAS (D == 64 ? 4 : 8)  // whose operands are loaded at once
 #define ROWS_AHEAD (D < 256)        // heads of 256 dims have no registers left, and most of a warp's rows come later anyway
-#define BASIS_BYTES (2 * D * D + 16 + 4 * PANELS * D)
+#define BASIS_BYTES (2 * D * D + 16 + 4 * D)
 
 #if KEY_BASIS
 // Some of the lane's operands of 16 rows of a matrix, from MMA `first` on: the warp's 512 consecutive bytes an MMA.
@@ -47,22 +47,19 @@ DEVICE void turn_queries(const u8 *matrix, u32 (*rows)[4], u16 *queries, int war
 #endif
 
 #if KEY_BASIS
-// What a row's log2 scores gain where keys are relative to the second mean, for each panel, to `seconds` [PANELS][COLUMNS].
-// `query`: the lane's dims as `scale_query` left them, which `factor` brings back, bounds and all.
-DEVICE void meet_second_means(const u16 *query, const u8 *means, float factor, float *seconds, int lane) {
+// What a row's log2 scores gain where a key is relative to the second mean. `query`: the lane's dims as `scale_query` left
+// them, which `factor` brings back, bounds and all.
+DEVICE float meet_second_mean(const u16 *query, const u8 *mean, float factor, int lane) {
+  float dot = 0;
 #pragma unroll
-  for (int panel = 0; panel < PANELS; panel++) {
-    float dot = 0;
-#pragma unroll
-    for (int i = 0; i < LANE_DIMS; i += 2) {
-      u32 mean[2], pair = *(const u32 *)(query + lane * LANE_DIMS + i);
-      load_page_64(means + (panel * D + lane * LANE_DIMS + i) * 4, mean);
-      dot += f16_low(pair) * bits_to_float(mean[0]) + f16_high(pair) * bits_to_float(mean[1]);
-    }
-#pragma unroll
-    for (int step = 1; step < 32; step <<= 1) dot += shuffle_xor(dot, step);
-    if (lane == 0) seconds[panel * COLUMNS] = fminf(fmaxf(dot * factor, -1e30f), 1e30f);
+  for (int i = 0; i < LANE_DIMS; i += 2) {
+    u32 words[2], pair = *(const u32 *)(query + lane * LANE_DIMS + i);
+    load_page_64(mean + (lane * LANE_DIMS + i) * 4, words);
+    dot += f16_low(pair) * bits_to_float(words[0]) + f16_high(pair) * bits_to_float(words[1]);
   }
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) dot += shuffle_xor(dot, step);
+  return fminf(fmaxf(dot * factor, -1e30f), 1e30f);
 }
 #endif
 
@@ -83,10 +80,13 @@ DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float 
     Row row = row_of(p, s.request, s.head, column);
     u16 *target = queries + column * D;
     float factor = 0;
+#if KEY_BASIS
+    float second = 0;
+#endif
     if (row.live) {
       factor = scale_query(p.query + row.token * p.query_token + row.head * p.query_head, target, signs, score_scale, lane);
 #if KEY_BASIS
-      meet_second_means(target, matrix + 2 * D * D + 16, factor / power, seconds + column, lane);
+      second = meet_second_mean(target, matrix + 2 * D * D + 16, factor / power, lane);
 #endif
     } else {
 #pragma unroll
@@ -94,6 +94,9 @@ DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float 
     }
     if (lane == 0) {
       factors[column] = factor;
+#if KEY_BASIS
+      seconds[column] = second;
+#endif
       limits[column] = row.live ? s.request.length - s.request.rows + (row.token - s.request.start) + 1 : 0;
     }
   }

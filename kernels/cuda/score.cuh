@@ -30,7 +30,7 @@ struct Bounds {
   int all_see_from;    // ... and from this one on
   int oldest;          // no query sees tokens before this one
   const int *limits;   // [COLUMNS], first token that a column does not see
-  const float *seconds;  // [PANELS][COLUMNS], of scores of keys around the second mean, under a key basis
+  const float *seconds;  // [COLUMNS], of scores of keys relative to the second mean, under a key basis
 };
 
 // Operands of MMA tile `n`: two words a step, in the order in which a lane holds a row of keys.
@@ -69,8 +69,9 @@ DEVICE float cap_score(float score, float cap) {
 }
 
 // Log2 scores of a unit's 16 tokens: [tile][e], token g + 8 * (e / 2), column 2t + e % 2. Also the value scales.
-DEVICE void score_unit(const Params &p, const State &a, const Bounds &b, const Levels &table, u32 unit, int g, int t,
-                       float (*score)[4], float (*value_scale)[2]) {
+// `key_scales`: of the lane's two tokens, in fp16.
+DEVICE void score_unit(const State &a, const Levels &table, u32 unit, int g, int t, float (*score)[4], float (*value_scale)[2],
+                       u32 &key_scales) {
 #pragma unroll
   for (int panel = 0; panel < PANELS; panel++) {
     KeyRow upper, lower;
@@ -96,31 +97,29 @@ DEVICE void score_unit(const Params &p, const State &a, const Bounds &b, const L
     float key_scale[2] = {f16_low(scales[0]), f16_high(scales[0])};
     value_scale[panel][0] = f16_low(scales[1]);
     value_scale[panel][1] = f16_high(scales[1]);
-    float part[TILES][4];
+    key_scales = scales[0];
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) part[n][e] = dot[n][e] * (key_scale[e / 2] * a.factor[n][e % 2]);
-#if KEY_BASIS
-    // A negative scale: the key is relative to the second mean. Rare, so all lanes branch together.
-    if (any_lane(scales[0] & 0x80008000u))
-#pragma unroll
-      for (int n = 0; n < TILES; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-          if (scales[0] >> (e / 2 ? 31 : 15) & 1) part[n][e] = b.seconds[panel * COLUMNS + n * 8 + 2 * t + e % 2] - part[n][e];
-#endif
-#pragma unroll
-    for (int n = 0; n < TILES; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) score[n][e] = panel ? score[n][e] + part[n][e] : part[n][e];
+      for (int e = 0; e < 4; e++) {
+        float part = dot[n][e] * (key_scale[e / 2] * a.factor[n][e % 2]);
+        score[n][e] = panel ? score[n][e] + part : part;
+      }
   }
-  if (SOFT_CAP)
+}
+
+#if KEY_BASIS
+// Negative scales: the key is relative to the second mean.
+DEVICE void meet_second_means(const Bounds &b, const u32 *key_scales, int t, float (*score)[TILES][4]) {
+#pragma unroll
+  for (int u = 0; u < 2; u++)
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) score[n][e] = cap_score(score[n][e], p.soft_cap);
+      for (int e = 0; e < 4; e++)
+        if (key_scales[u] >> (e / 2 ? 31 : 15) & 1) score[u][n][e] = b.seconds[n * 8 + 2 * t + e % 2] - score[u][n][e];
 }
+#endif
 
 // Hides what a column does not see. Returns a bit for each score that is hidden: (unit * TILES + tile) * 4 + e. Value scales
 // of tokens that no column sees become 0, for they may be NaN.

@@ -18,7 +18,7 @@ BITS = ((4, 4), (4, 3), (3, 3), (2, 2))
 BLOCK_SIZES = (16, 32, 64)
 MAX_QUERY_LEN = 8
 MAX_GROUP = 16
-PANEL = 128  # dims of K that share an MMA accumulator and a scale
+_PANEL = 128  # dims of K that share an MMA accumulator and a scale
 # In the order in which they are joined.
 SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "score", "attend", "queries", "decode")
 CONTEXT_SOURCES = ("ptx", "codes", "unrotate", "basis", "context")
@@ -59,7 +59,7 @@ def supported_pages(fmt: PageFormat, block_size: int) -> bool:
     key, value = fmt.preset.key, fmt.preset.value
     return (
         fmt.head_size in HEAD_SIZES
-        and fmt.scale_group == min(fmt.head_size, PANEL)
+        and fmt.scale_group == min(fmt.head_size, _PANEL)
         and (key.bits, value.bits) in BITS
         and not key.sketch
         and block_size in BLOCK_SIZES
@@ -119,7 +119,7 @@ class Variant:
         ring = t.warps * t.stages * 2 * fmt.unit_bytes
         parts = t.warps * min(self.mma_rows, 8) * (d + 2) * 4
         columns = 16 if self.mma_rows > 8 else 8
-        seconds = 4 * columns * fmt.groups if self.options.basis else 0
+        seconds = 4 * columns if self.options.basis else 0
         return ring + parts + columns * (2 * d + 8) + seconds + t.warps * t.stages * 8 + 16
 
     def macros(self) -> dict[str, str]:
@@ -206,7 +206,7 @@ def page_macros(fmt: PageFormat, block_size: int) -> dict[str, str]:
 def key_strides(plane: Plane) -> dict[str, int]:
     """A K plane's base and its strides a token and a panel of 128 dims; inside a panel of a token dims are consecutive."""
     start = plane.byte_offset(0, 0)
-    panel = plane.byte_offset(0, PANEL * plane.bits // 8) - start if plane.head_size > PANEL else 0
+    panel = plane.byte_offset(0, _PANEL * plane.bits // 8) - start if plane.head_size > _PANEL else 0
     return {"BASE": start, "TOKEN": plane.byte_offset(1, 0) - start, "PANEL": panel}
 
 
