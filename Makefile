@@ -31,12 +31,18 @@ endif
 serve: setup
 	@$(BIN)/python deploy/serve.py --port $(PORT) --kv-cache-dtype $(KV_CACHE_DTYPE) $(SERVE_ARGS)
 
+# Engines take the whole machine or card, so they run alone, after the tests that take one core each.
 test: setup demo-model $(UNPACKED)/.complete
+ifeq ($(strip $(TEST_ARGS)),)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not server and not gpu"
+	$(BIN)/python -m pytest -m "server or gpu"
+else
 	$(BIN)/python -m pytest $(TEST_ARGS)
+endif
 
 # Without the tests that start an engine.
 test-quick: setup $(UNPACKED)/.complete
-	$(BIN)/python -m pytest -m "not server and not gpu" $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not server and not gpu" $(TEST_ARGS)
 
 setup: $(VENV)/.project
 
