@@ -33,6 +33,20 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--trust-remote-code", action="store_true", default=None, help="as for vllm serve")
     calibrate.add_argument("--gpu-memory-utilization", type=float, help="as for vllm serve")
     calibrate.set_defaults(run=_calibrate)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="what every KV cache dtype costs a model: divergence from its own predictions",
+        description="Runs the model in folder MODEL with transformers, every key and value read back from compressed blocks "
+        "(vLLM's own dtypes emulated), on text of the Python installation that no calibration has seen. Prints the KL divergence "
+        "of the next token from dtype auto with its standard error, how often the likeliest token stays, and the change of "
+        "perplexity.",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="a folder in Hugging Face format")
+    evaluate.add_argument("--contexts", type=int, nargs="+", default=[512], metavar="TOKENS", help="default: 512")
+    evaluate.add_argument("--tokens", type=int, default=8192, help="text to be evaluated at each context; default: 8192")
+    evaluate.add_argument("--served", type=int, default=8192, help="context that calibration covers; default: 8192")
+    evaluate.add_argument("--only", nargs="+", metavar="DTYPE", help="default: all")
+    evaluate.set_defaults(run=_evaluate)
     return parser
 
 
@@ -52,6 +66,31 @@ def _calibrate(given: argparse.Namespace) -> int:
     if output is not None:
         _copy(Path(path), output)
     print(f"Calibration file: {output.absolute() if output else path}")
+    return 0
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    from .evaluation import EvaluatedModel
+    from .evaluation.calibrate import calibrate
+    from .evaluation.codecs import NAMES
+    from .evaluation.run import all_cases, rows
+
+    unknown = sorted(set(given.only or ()) - set(NAMES))
+    if unknown:
+        print(f"vllm-turboquant: error: --only {' '.join(unknown)}: allowed are {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    cases = [case for case in all_cases() if not given.only or case.name in given.only]
+    model = EvaluatedModel(given.model)
+    bases = calibrate(model, given.served) if any(case.calibrated for case in cases) else None
+    columns = "{:8} {:40} {:>6}  {:>8} {:>8}  {:>6} {:>8}"
+    print(columns.format("context", "dtype", "bytes", "KL", "error", "top-1", "ppl"))
+    for row in rows(model, Path(given.model).name, cases, given.contexts, bases, given.tokens):
+        used = ("skipped_layers", "layers in bf16"), ("sinks", "sinks"), ("window", "window")
+        extra = [f"{row[key]} {what}" for key, what in used if row[key]]
+        name = " ".join([str(row["name"]), *(["calibrated"] if row["calibrated"] else []), *extra])
+        error = "-" if row["kl_se"] is None else f"{row['kl_se']:.5f}"
+        figures = f"{row['kl']:.5f}", error, f"{row['top1']:.3f}", f"{row['ppl_delta']:+.2%}"
+        print(columns.format(row["context"], name, row["bytes_d128"], *figures), flush=True)
     return 0
 
 

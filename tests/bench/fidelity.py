@@ -15,27 +15,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from vllm_turboquant.evaluation import Case, EvaluatedModel, retrieval
+from vllm_turboquant.evaluation import EvaluatedModel, retrieval
 from vllm_turboquant.evaluation.calibrate import calibrate
-from vllm_turboquant.evaluation.run import rows
-from vllm_turboquant.kernels.format import PRESETS
-from vllm_turboquant.texts import blocks
+from vllm_turboquant.evaluation.run import all_cases, rows
 
 from .rows import write_row
 
-RIVALS = ("turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc")
-SINKS, WINDOW = 4, 64
-CALIBRATION_TOKENS, CALIBRATION_CONTEXT = 4096, 512
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-def cases() -> list[Case]:
-    """Every dtype; vLLM's own TurboQuant also with the four layers that it keeps in bf16, ours with what a request may add."""
-    rivals = [Case(name, skipped=skipped) for name in RIVALS for skipped in (0, 4)]
-    ours = [Case(name, calibrated) for name in PRESETS for calibrated in (False, True)]
-    sinks = [Case(name, True, sinks=SINKS) for name in ("turboquant", "turboquant-k4v3", "turboquant-k3v3")]
-    window = [Case(name, True, sinks=SINKS, window=WINDOW) for name in ("turboquant-k3v3", "turboquant-k2v2")]
-    return [Case("auto"), Case("fp8"), Case("int4_per_token_head"), *rivals, *ours, *sinks, *window]
 
 
 def main() -> None:
@@ -48,9 +34,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="dtypes; default all")
     arguments = parser.parse_args()
     model, name = EvaluatedModel(arguments.model), Path(arguments.model).name
-    chosen = [case for case in cases() if not arguments.only or case.name in arguments.only]
-    texts = blocks(model.tokenizer, "calibration", CALIBRATION_TOKENS, CALIBRATION_CONTEXT)
-    bases = calibrate(model, texts, arguments.served) if any(case.calibrated for case in chosen) else None
+    chosen = [case for case in all_cases() if not arguments.only or case.name in arguments.only]
+    bases = calibrate(model, arguments.served) if any(case.calibrated for case in chosen) else None
     card = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
     common = {"served": arguments.served, "card": card, "torch": torch.__version__, "transformers": transformers.__version__}
     if arguments.needle:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from vllm_turboquant import texts
+from vllm_turboquant import cli, texts
 from vllm_turboquant.evaluation import metrics
 from vllm_turboquant.evaluation.calibrate import calibrate
 from vllm_turboquant.evaluation.codecs import Case
@@ -192,7 +192,7 @@ def test_shifts_stay_within_the_context(served):
 def test_calibration_shows_and_a_bad_mean_shows(model, ids):
     """The check can fail: a mean ten standard deviations off must cost more than no calibration at all."""
     other = [torch.flip(x, [0]) for x in ids]
-    bases = calibrate(model, other, served=96)
+    bases = calibrate(model, 96, other)
     spreads = [
         (s.key_moment / s.tokens - (s.key_sum / s.tokens)[..., None] * (s.key_sum / s.tokens)[:, None]).diagonal(dim1=1, dim2=2)
         for s in model.statistics(other)
@@ -284,3 +284,16 @@ def test_a_random_model_finds_no_needle_and_a_rigged_one_does(model, monkeypatch
     monkeypatch.setattr("vllm_turboquant.evaluation.needle.needle", spy)
     monkeypatch.setattr(model, "logits", logits)
     assert retrieval(model, cases, [300], [0.5]) == [[True]] * 2
+
+
+def test_command_prints_a_row_a_case(model, capsys):
+    path = model.model.config._name_or_path
+    asked = ["evaluate", path, "--contexts", "64", "--tokens", "128", "--served", "64", "--only", "auto", "turboquant"]
+    assert cli.main(asked) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[1] for row in rows] == ["auto", "turboquant", "turboquant", "turboquant"]
+    assert ["calibrated" in row for row in rows] == [False, False, True, True] and "4 sinks" in rows[3]
+    assert rows[0].split()[2:4] == ["512.0", "0.00000"] and rows[1].split()[2] == "132.0"
+    assert all(float(row.split()[-4]) > 0 for row in rows[1:])
+    assert cli.main(["evaluate", path, "--only", "int3"]) == 2
+    assert "--only int3: allowed are auto, " in capsys.readouterr().err

@@ -8,10 +8,18 @@ import torch
 
 from ..kernels.basis import KeyBasis
 from ..kernels.statistics import shifts
+from ..texts import blocks
 from .model import EvaluatedModel
 
+TOKENS, CONTEXT = 2048, 512  # as an engine's first start has it
 
-def calibrate(model: EvaluatedModel, texts: Sequence[torch.Tensor], served: int) -> list[KeyBasis]:
-    """One a layer, of token sequences int64 ``[T]`` as if they stood at `shifts` of a context of ``served`` tokens."""
+
+def calibrate(model: EvaluatedModel, served: int, texts: Sequence[torch.Tensor] | None = None) -> list[KeyBasis]:
+    """One a layer, of token sequences int64 ``[T]`` as if they stood at `shifts` of a context of ``served`` tokens.
+
+    texts: by default those that an engine would be calibrated on.
+    """
+    if texts is None:
+        texts = blocks(model.tokenizer, "calibration", TOKENS, CONTEXT)
     turns = model.turns(shifts(served))
     return [statistics.spread(turns).basis() for statistics in model.statistics(texts)]

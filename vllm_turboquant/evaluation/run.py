@@ -9,12 +9,24 @@ from pathlib import Path
 import torch
 
 from ..kernels.basis import KeyBasis
+from ..kernels.format import PRESETS
 from ..texts import blocks
 from .codecs import Case
 from .metrics import Divergence
 from .model import EvaluatedModel
 
+_RIVALS = ("turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc")
+_SINKS, _WINDOW = 4, 64
 _LOGITS = 2**26  # of one chunk of positions: 256 MB of float32
+
+
+def all_cases() -> list[Case]:
+    """Every dtype; vLLM's own TurboQuant also with the four layers that it keeps in bf16, ours with what a request may add."""
+    rivals = [Case(name, skipped=skipped) for name in _RIVALS for skipped in (0, 4)]
+    ours = [Case(name, calibrated) for name in PRESETS for calibrated in (False, True)]
+    sinks = [Case(name, True, sinks=_SINKS) for name in ("turboquant", "turboquant-k4v3", "turboquant-k3v3")]
+    window = [Case(name, True, sinks=_SINKS, window=_WINDOW) for name in ("turboquant-k3v3", "turboquant-k2v2")]
+    return [Case("auto"), Case("fp8"), Case("int4_per_token_head"), *rivals, *ours, *sinks, *window]
 
 
 def evaluate(
