@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..kernels.basis import KeyBasis
 from ..kernels.format import PRESETS
@@ -85,7 +86,7 @@ def divergences(
     """
     results = [Divergence() for _ in cases]
     chunk = max(_LOGITS // model.model.get_output_embeddings().weight.shape[0], 1)
-    for ids in texts:
+    for ids in tqdm(texts, unit="text", disable=None):
         reference = model.hidden(ids, Case("auto"))
         hidden = [model.hidden(ids, case, calibration) for case in cases]
         for start in range(0, len(ids) - 1, chunk):
