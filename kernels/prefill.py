@@ -171,7 +171,7 @@ def load_context(
         table_stride=block_table.stride(0),
         key_matrix=keys,
         sketch_matrix=sketch_key_matrix(fmt, cache.device, basis) if fmt.preset.key.sketch else keys,
-        mean=None if basis is None else basis.mean,
+        mean=None if basis is None else basis.means,
         offset=None if basis is None else basis.offset,
         value_matrix=rotation_matrix(fmt, cache.device),
         BASIS=basis is not None and fmt.preset.key.bits != 32,

@@ -144,7 +144,7 @@ def store(
         value,
         slot_mapping,
         key_matrix=matrix if basis is None else basis.forward,
-        key_mean=None if basis is None else basis.mean,
+        key_mean=None if basis is None else basis.means,
         key_offset=None if basis is None else basis.offset,
         value_matrix=matrix,
         sketch=sketch,

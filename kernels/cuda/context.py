@@ -71,7 +71,7 @@ def _arguments(
     fragments = None
     if basis is not None:
         fragments = key_fragments(basis, variant.matrix_parts)
-        assert basis.mean.shape == key.shape[1:] and fragments.device == cache.device
+        assert basis.sink_mean.shape == key.shape[1:] and fragments.device == cache.device
     # A range may begin with the last token of a unit.
     units = (longest + 2 * UNIT_TOKENS - 2) // UNIT_TOKENS if longest > 0 else 0
     tiles = -(-units // (variant.warps // 2))

@@ -56,7 +56,9 @@ def key_fragments(basis: KeyBasis, parts: int) -> torch.Tensor:
     power = torch.frexp(basis.inverse.abs().amax((-2, -1))).exponent - 15
     d = basis.inverse.shape[-1]
     rows = [64 * (tile >> 2) + 8 * (row & 7) + 2 * (tile & 3) + (row >> 3) for tile in range(d // 16) for row in range(16)]
-    return torch.cat([_records(basis.inverse, power, rows, parts), basis.mean.view(torch.uint8), second_means(basis)], -1)
+    return torch.cat(
+        [_records(basis.inverse, power, rows, parts), basis.means[:, 0].contiguous().view(torch.uint8), second_means(basis)], -1
+    )
 
 
 def second_means(basis: KeyBasis) -> torch.Tensor:
@@ -64,7 +66,7 @@ def second_means(basis: KeyBasis) -> torch.Tensor:
 
     In the model's basis: ``inverse`` times the group's part of the offset, so that a query needs no turn to meet it.
     """
-    heads, d = basis.mean.shape
+    heads, d = basis.sink_mean.shape
     parts = (basis.inverse.double() * basis.offset.double()[:, None]).unflatten(-1, (-1, min(d, PANEL))).sum(-1)
     return parts.mT.to(torch.float32).contiguous().view(heads, -1).view(torch.uint8)
 

@@ -157,7 +157,7 @@ def _arguments(
     fragments = None
     if basis is not None:
         fragments = query_fragments(basis)
-        assert basis.mean.shape == (kv_heads, d) and fragments.device == cache.device
+        assert basis.sink_mean.shape == (kv_heads, d) and fragments.device == cache.device
     params = _Params(
         query.data_ptr(),
         out.data_ptr(),

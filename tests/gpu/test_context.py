@@ -66,7 +66,7 @@ def test_context_under_a_key_basis(loader, preset, head_size, dtype, seed):
     """Around no mean, which would hide errors of the matrix, and around one of size 30."""
     fmt = page_format(preset, head_size)
     fitted = random_basis(torch.Generator().manual_seed(seed), HEADS, head_size).to(torch.device("cuda"))
-    for basis in (fitted, replace(fitted, mean=torch.zeros_like(fitted.mean))):
+    for basis in (fitted, replace(fitted, means=torch.zeros_like(fitted.means))):
         load_context = loader(fmt, dtype, basis)
         batch = make_batch(fmt, [300], [1], HEADS, 1, 32, seed, device="cuda", basis=basis)
         truths = reference.load_vectors(batch.cache, batch.block_table[0, :10].long(), fmt, basis)

@@ -11,7 +11,7 @@ from vllm_turboquant.kernels.format import page_format
 
 from ..gpu.shadow import attend
 from . import emulated
-from .oracle import make_batch, random_basis, spread
+from .oracle import around_means, make_batch, random_basis, spread
 from .test_basis import HEADS
 from .test_context_emulated import PAD, workspaces
 from .test_context_emulated import check as check_context
@@ -26,8 +26,8 @@ def rng(seed):
 
 
 def centred(basis, sink_mean=None):
-    zero = torch.zeros_like(basis.mean)
-    return KeyBasis(basis.forward, basis.inverse, zero, zero if sink_mean is None else sink_mean)
+    zero = torch.zeros_like(basis.means)
+    return KeyBasis(basis.forward, basis.inverse, zero, zero[:, 0].contiguous() if sink_mean is None else sink_mean, basis.bucket)
 
 
 @pytest.mark.parametrize("dtype", (BF16, FP16))
@@ -80,7 +80,7 @@ def fitted(rng, batch, basis):
         at = torch.arange(len(values))
         slots = batch.block_table[r, at // size].long() * size + at % size
         keys = torch.einsum("hij,thj->thi", basis.inverse.double(), torch.randn(values.shape, generator=rng).double())
-        reference.store(keys + basis.mean, values, batch.cache, slots, batch.fmt, basis)
+        reference.store(around_means(keys, basis, sinks=0), values, batch.cache, slots, batch.fmt, basis, at)
     batch.query = torch.einsum("hij,thgi->thgj", basis.forward.double(), images).flatten(1, 2)
 
 
@@ -115,8 +115,8 @@ def test_decode_errs_at_most_twice_as_plain_torch(kind, head_size, dtype, rng, s
 def test_queries_and_bases_of_any_size(basis_size, size, rng, seed):
     """Keys as large as the basis says they are, so that codes stay what they were."""
     plain = random_basis(rng, HEADS, 128)
-    sink_mean = (plain.sink_mean - plain.mean) * basis_size
-    basis = KeyBasis(plain.forward / basis_size, plain.inverse * basis_size, torch.zeros_like(plain.mean), sink_mean)
+    sink_mean = (plain.sink_mean - plain.means[:, 0]) * basis_size
+    basis = KeyBasis(plain.forward / basis_size, plain.inverse * basis_size, torch.zeros_like(plain.means), sink_mean)
     batch = make_batch(page_format("turboquant", 128), [50, 200], [1, 1], HEADS, 4, 16, seed, basis=plain)
     batch.query *= size
     check(batch, BF16, 0.1, 1, basis=basis)
@@ -168,7 +168,7 @@ def test_context_errs_little_more_than_its_output_type(dtype, rng, seed):
 @pytest.mark.parametrize("basis_size", (2.0**-20, 2.0**20))
 def test_context_under_bases_of_any_size(basis_size, rng, seed):
     plain = centred(random_basis(rng, HEADS, 128))
-    basis = KeyBasis(plain.forward / basis_size, plain.inverse * basis_size, plain.mean, plain.sink_mean)
+    basis = KeyBasis(plain.forward / basis_size, plain.inverse * basis_size, plain.means, plain.sink_mean)
     batch = make_batch(page_format("turboquant", 128), [40], [1], HEADS, 1, 16, seed, basis=plain)
     check_context(batch, [3], [37], BF16, basis=basis)
 
@@ -205,10 +205,10 @@ def test_fragments_are_the_basis_and_made_once(head_size, rng):
     ours, truth = (((parts[0] + parts[1]) * power).sort().values, basis.inverse.flatten(1).double().sort().values)
     assert (ours - truth).abs().max() < 2**-22 * truth.abs().max()
     means = records[:, 2 * size + 16 :].contiguous().view(torch.float32).view(HEADS, -1, head_size)
-    assert torch.equal(means[:, 0], basis.mean)
+    assert torch.equal(means[:, :1], basis.means)
     # Groups of 128 dims, each its part of the way from one mean to the other: to fp32's rounding of a matrix and its inverse.
     assert means.shape[1] == 1 + max(1, head_size // 128)
-    torch.testing.assert_close(means[:, 1:].sum(1), basis.sink_mean - basis.mean, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(means[:, 1:].sum(1), basis.sink_mean - basis.means[:, 0], rtol=1e-2, atol=1e-2)
     queries = fragments.query_fragments(basis)
     assert torch.equal(queries[:, size : size + 4].contiguous().view(torch.float32).log2() % 1, 0 * power)
     assert torch.equal(queries[:, size + 16 :].contiguous().view(torch.float32).view(HEADS, -1, head_size), means[:, 1:])

@@ -26,7 +26,7 @@ from vllm_turboquant.kernels import reference
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 from vllm_turboquant.kernels.packing import write_tokens
 
-from .oracle import make_batch, random_basis
+from .oracle import around_means, make_batch, random_basis
 
 ALL = (*PRESETS, LOSSLESS_PRESET)
 # fp32 against float64: sums of at most a few hundred terms, after an fp32 rotation.
@@ -81,9 +81,7 @@ def test_store_under_a_basis(preset, head_size, seed):
     fmt, g = page_format(preset, head_size), torch.Generator().manual_seed(seed)
     basis = random_basis(g, 2, head_size)
     key, value = (torch.randn(20, 2, head_size, generator=g) for _ in range(2))
-    key += basis.mean
-    key[:3] += basis.sink_mean - basis.mean
-    key, value = key.bfloat16(), value.bfloat16()
+    key, value = around_means(key, basis, sinks=3).bfloat16(), value.bfloat16()
     ours, truth = (torch.zeros(2, 2, 16, fmt.slot_bytes, dtype=torch.uint8) for _ in range(2))
     store(key, value, ours, torch.arange(20), fmt, basis)
     reference.store(key, value, truth, torch.arange(20), fmt, basis)

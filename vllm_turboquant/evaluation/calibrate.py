@@ -7,11 +7,17 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels.basis import KeyBasis
-from ..kernels.statistics import shifts
+from ..kernels.statistics import bucket_shifts, bucket_tokens, shifts
 from .model import EvaluatedModel
 
 
 def calibrate(model: EvaluatedModel, texts: Sequence[torch.Tensor], served: int) -> list[KeyBasis]:
-    """One a layer, of token sequences int64 ``[T]`` as if they stood at `shifts` of a context of ``served`` tokens."""
+    """One a layer, of token sequences int64 ``[T]`` as if they stood at `shifts` of a context of ``served`` tokens, with means by
+    the buckets of that context.
+    """
     turns = model.turns(shifts(served))
-    return [statistics.spread(turns).basis() for statistics in model.statistics(texts)]
+    buckets = torch.stack(
+        [torch.stack(model.turns(inside)).mean(0) for inside in bucket_shifts(served, max(len(text) for text in texts))]
+    )
+    spread = (statistics.spread(turns, buckets, bucket_tokens(served)) for statistics in model.statistics(texts))
+    return [statistics.basis() for statistics in spread]
