@@ -157,7 +157,13 @@ DEVICE void attend_pair(const Params &p, State &a, const Bounds &b, const Levels
   float score[2][TILES][4], value_scale[2][PANELS][2];
   u32 weights[2][TILES][PANELS][2], hidden = 0;
 #pragma unroll
-  for (int u = 0; u < 2; u++) score_unit(p, a, b, keys, slot + u * UNIT_BYTES, g, t, score[u], value_scale[u]);
+  for (int u = 0; u < 2; u++) {
+    const float *gains = b.gains;
+#if BUCKETED
+    gains += (1 + bucket_of((token >> 4) + u, p.bucket, p.buckets)) * (PANELS * COLUMNS);
+#endif
+    score_unit(p, a, b, keys, slot + u * UNIT_BYTES, gains, g, t, score[u], value_scale[u]);
+  }
   const bool edge = token + 32 > b.all_see || (WINDOW && token < b.all_see_from);
   if (edge) hidden = hide(p, b, token, g, t, score, value_scale);
   raise_peaks(a, score, value_scale);

@@ -1,11 +1,11 @@
 // Keys under a key basis, back in the model's: inverse y + mean, dense on the tensor cores. The head's record is
 // `vllm_turboquant.kernels.cuda.fragments.key_fragments`: MATRIX_PARTS fp16 matrices whose sum is the inverse, the factor that
-// they are short of, the mean, and for each scale group by how much its keys around the second mean are farther on.
+// they are short of, and for each bucket of positions its mean, and for each scale group by how much its keys around the second
+// mean are farther on.
 
 #if KEY_BASIS
 #define MATRIX_TILES (D / 16)
 #define MATRIX_BYTES (MATRIX_PARTS * 2 * D * D)
-#define BASIS_BYTES (MATRIX_BYTES + 16 + 4 * (1 + SCALES) * D)
 
 // Rows 16 * tile .. of the inverse times the scale group's levels, for the unit's two halves: [half][MMA's result].
 DEVICE void multiply_rows(const u8 *basis, int tile, int group, const u32 (*y)[D / 8], int lane, float (*sum)[4]) {
@@ -25,7 +25,7 @@ DEVICE void multiply_rows(const u8 *basis, int tile, int group, const u32 (*y)[D
 }
 
 // As `decode_unit` of keys is without a basis.
-DEVICE void decode_keys(const u8 *unit, const u8 *basis, int token, int begin, int end, u16 *out, u64 out_token, int lane) {
+DEVICE void decode_keys(const u8 *unit, const u8 *basis, int bucket, int token, int begin, int end, u16 *out, u64 out_token, int lane) {
   const int g = lane >> 2, t = lane & 3;
   const Levels table = {KEY_LEVELS};
   u32 y[2][D / 8];
@@ -39,6 +39,7 @@ DEVICE void decode_keys(const u8 *unit, const u8 *basis, int token, int begin, i
       for (int o = 0; o < KEY_OCTETS; o++) key_levels(row, o, table, y[half] + 4 * (panel * KEY_OCTETS + o));
     }
   const float factor = *(const float *)(basis + MATRIX_BYTES);
+  const u8 *means = basis + MATRIX_BYTES + 16 + bucket * (4 * (1 + SCALES) * D);
   float scale[SCALES][2][2];  // of token 2t + e of a half
   u32 second[SCALES];         // bit 2 * half + e: that token is relative to the second mean
 #pragma unroll
@@ -60,7 +61,7 @@ DEVICE void decode_keys(const u8 *unit, const u8 *basis, int token, int begin, i
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       u32 mean[2];
-      load_page_64(basis + MATRIX_BYTES + 16 + (64 * j + 8 * g + 2 * i) * 4, mean);
+      load_page_64(means + (64 * j + 8 * g + 2 * i) * 4, mean);
 #pragma unroll
       for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -75,7 +76,7 @@ DEVICE void decode_keys(const u8 *unit, const u8 *basis, int token, int begin, i
           for (int e = 0; e < 4; e++) x[half][i][e] += sum[half][e] * scale[group][half][e & 1];
         if (second[group]) {
           u32 farther[2];
-          load_page_64(basis + MATRIX_BYTES + 16 + (64 * j + 8 * g + 2 * i + (1 + group) * D) * 4, farther);
+          load_page_64(means + (64 * j + 8 * g + 2 * i + (1 + group) * D) * 4, farther);
 #pragma unroll
           for (int half = 0; half < 2; half++)
 #pragma unroll

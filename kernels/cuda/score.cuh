@@ -30,7 +30,7 @@ struct Bounds {
   int all_see_from;    // ... and from this one on
   int oldest;          // no query sees tokens before this one
   const int *limits;   // [COLUMNS], first token that a column does not see
-  const float *seconds;  // [PANELS][COLUMNS], of scores of keys around the second mean, under a key basis
+  const float *gains;  // [1 + buckets][PANELS][COLUMNS], of scores of keys around the second mean, then by bucket
 };
 
 // Operands of MMA tile `n`: two words a step, in the order in which a lane holds a row of keys.
@@ -68,9 +68,10 @@ DEVICE float cap_score(float score, float cap) {
   return cap - 2 * divide(cap, 1 + exp2_fast(score * (2 * LOG2E / cap)));
 }
 
-// Log2 scores of a unit's 16 tokens: [tile][e], token g + 8 * (e / 2), column 2t + e % 2. Also the value scales.
-DEVICE void score_unit(const Params &p, const State &a, const Bounds &b, const Levels &table, u32 unit, int g, int t,
-                       float (*score)[4], float (*value_scale)[2]) {
+// Log2 scores of a unit's 16 tokens: [tile][e], token g + 8 * (e / 2), column 2t + e % 2. Also the value scales. `gains`:
+// [PANELS][COLUMNS], of the unit's bucket.
+DEVICE void score_unit(const Params &p, const State &a, const Bounds &b, const Levels &table, u32 unit, const float *gains, int g,
+                       int t, float (*score)[4], float (*value_scale)[2]) {
 #pragma unroll
   for (int panel = 0; panel < PANELS; panel++) {
     KeyRow upper, lower;
@@ -97,18 +98,36 @@ DEVICE void score_unit(const Params &p, const State &a, const Bounds &b, const L
     value_scale[panel][0] = f16_low(scales[1]);
     value_scale[panel][1] = f16_high(scales[1]);
     float part[TILES][4];
+#if BUCKETED
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) part[n][e] = dot[n][e] * (key_scale[e / 2] * a.factor[n][e % 2]);
-#if KEY_BASIS
+      for (int e = 0; e < 4; e++) part[n][e] = gains[panel * COLUMNS + n * 8 + 2 * t + e % 2];
     // A negative scale: the key is relative to the second mean. Rare, so all lanes branch together.
     if (any_lane(scales[0] & 0x80008000u))
 #pragma unroll
       for (int n = 0; n < TILES; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-          if (scales[0] >> (e / 2 ? 31 : 15) & 1) part[n][e] = b.seconds[panel * COLUMNS + n * 8 + 2 * t + e % 2] - part[n][e];
+          if (scales[0] >> (e / 2 ? 31 : 15) & 1) part[n][e] = b.gains[panel * COLUMNS + n * 8 + 2 * t + e % 2];
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) part[n][e] += dot[n][e] * (fabsf(key_scale[e / 2]) * a.factor[n][e % 2]);
+#else
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) part[n][e] = dot[n][e] * (key_scale[e / 2] * a.factor[n][e % 2]);
+#endif
+#if KEY_BASIS && !BUCKETED
+    // A negative scale: the key is relative to the second mean. Rare, so all lanes branch together.
+    if (any_lane(scales[0] & 0x80008000u))
+#pragma unroll
+      for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          if (scales[0] >> (e / 2 ? 31 : 15) & 1) part[n][e] = b.gains[panel * COLUMNS + n * 8 + 2 * t + e % 2] - part[n][e];
 #endif
 #pragma unroll
     for (int n = 0; n < TILES; n++)

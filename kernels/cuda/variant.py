@@ -54,6 +54,16 @@ def padded_rows(group: int, max_query_len: int) -> int:
     return min(16, 1 << (group * max_query_len - 1).bit_length())
 
 
+def mean_rows(buckets: int, d: int) -> int:
+    """Rows, one a bucket and panel, that hold a `KeyBasis`'s means: whole MMA tiles of 16."""
+    return 16 * -(-buckets * max(1, d // PANEL) // 16)
+
+
+def padded_buckets(buckets: int, d: int) -> int:
+    """For how many buckets the kernel of a `KeyBasis` is compiled: 1, or as many as its `mean_rows` have room for."""
+    return 1 if buckets == 1 else mean_rows(buckets, d) // max(1, d // PANEL)
+
+
 def supported_pages(fmt: PageFormat, block_size: int) -> bool:
     """Whether the CUDA kernels read pages of this format and of ``block_size`` tokens."""
     key, value = fmt.preset.key, fmt.preset.value
@@ -74,7 +84,7 @@ def supported(fmt: PageFormat, block_size: int, group: int, max_query_len: int) 
 @dataclass(frozen=True)
 class Options:
     """What of a decode is compiled in. ``bf16``: of query and output, fp16 otherwise; ``sink_bits``: of a sink, 0 without;
-    ``basis``: keys are stored under a `KeyBasis`.
+    ``basis``: buckets of the `KeyBasis` under which keys are stored, a number of `padded_buckets`, 0 without.
     """
 
     fmt: PageFormat
@@ -85,7 +95,7 @@ class Options:
     window: bool = False
     soft_cap: bool = False
     sink_bits: int = 0
-    basis: bool = False
+    basis: int = 0
 
     @property
     def rows(self) -> int:
@@ -119,8 +129,8 @@ class Variant:
         ring = t.warps * t.stages * 2 * fmt.unit_bytes
         parts = t.warps * min(self.mma_rows, 8) * (d + 2) * 4
         columns = 16 if self.mma_rows > 8 else 8
-        seconds = 4 * columns * fmt.groups if self.options.basis else 0
-        return ring + parts + columns * (2 * d + 8) + seconds + t.warps * t.stages * 8 + 16
+        gains = 4 * columns * (fmt.groups + mean_rows(self.options.basis, d)) if self.options.basis else 0
+        return ring + parts + columns * (2 * d + 8) + gains + t.warps * t.stages * 8 + 16
 
     def macros(self) -> dict[str, str]:
         """Every ``-D`` of the sources."""
@@ -137,7 +147,9 @@ class Variant:
             "WINDOW": int(o.window),
             "SOFT_CAP": int(o.soft_cap),
             "SINK_BITS": o.sink_bits,
-            "KEY_BASIS": int(o.basis),
+            "KEY_BASIS": int(o.basis > 0),
+            "BUCKETED": int(o.basis > 1),
+            "MEAN_ROWS": mean_rows(o.basis, o.fmt.head_size),
             "SHARED_BYTES": self.shared_bytes,
             "VALUE_LEVELS": level_table(o.fmt.preset.value.bits, bfloat if o.bf16 else half),
         }

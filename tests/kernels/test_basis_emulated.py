@@ -34,7 +34,8 @@ def centred(basis, sink_mean=None):
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("preset", COVERED)
 def test_decode_in_every_format(preset, head_size, dtype, rng, seed):
-    basis = random_basis(rng, HEADS, head_size)
+    """Of one bucket, and of more than an MMA tile has rows."""
+    basis = random_basis(rng, HEADS, head_size, buckets=1 if dtype == FP16 else 18, bucket=16)
     batch = make_batch(page_format(preset, head_size), LENGTHS, [1] * 7, HEADS, 4, 32, seed, basis=basis)
     check(batch, dtype, head_size**-0.5, 1, basis=basis)
 
@@ -43,7 +44,7 @@ def test_decode_in_every_format(preset, head_size, dtype, rng, seed):
 @pytest.mark.parametrize(("group", "query_lens"), ((1, 1), (6, 1), (16, 1), (4, 3)))
 def test_decode_of_every_shape(group, query_lens, head_size, rng, seed):
     """More rows than one MMA tile, and than one CTA, holds."""
-    basis = random_basis(rng, HEADS, head_size)
+    basis = random_basis(rng, HEADS, head_size, buckets=3, bucket=48)
     queries = [1 + i % query_lens for i in range(7)]
     fmt, lengths = page_format("turboquant", head_size), [max(n, 8) for n in LENGTHS]
     batch = make_batch(fmt, lengths, queries, HEADS, group, 16, seed, basis=basis)
@@ -55,9 +56,9 @@ def test_decode_of_every_shape(group, query_lens, head_size, rng, seed):
 def test_decode_with_window_soft_cap_and_sinks(options, query_len, rng, seed):
     """Soft cap and sinks see a constant that is added to all logits: only bases without a mean go with them, but for that of
     first tokens, which is no such constant."""
-    basis = random_basis(rng, HEADS, 128)
+    basis = random_basis(rng, HEADS, 128, buckets=8)
     if "window" not in options:
-        basis = centred(basis, basis.sink_mean)
+        basis = centred(random_basis(rng, HEADS, 128), basis.sink_mean)
     if "sinks" in options:
         options = {"sinks": torch.randn(4 * HEADS, generator=rng).to(options["sinks"])}
     batch = make_batch(page_format("turboquant", 128), [20, 33, 300], [query_len] * 3, HEADS, 4, 16, seed, basis=basis)
@@ -67,8 +68,8 @@ def test_decode_with_window_soft_cap_and_sinks(options, query_len, rng, seed):
 @pytest.mark.parametrize("tuning", (Tuning(8, 2, 2, True), Tuning(4, 2, 3, False), Tuning(2, 1, 1, False)))
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_decode_with_any_tuning(tuning, head_size, rng, seed):
-    """Warps that have no tile of the matrix, and several."""
-    basis = random_basis(rng, HEADS, head_size)
+    """Warps that have no tile of the matrix, and several; segments of some buckets."""
+    basis = random_basis(rng, HEADS, head_size, buckets=40, bucket=16)
     batch = make_batch(page_format("turboquant", head_size), [100, 700, 1, 0, 40], [1] * 5, HEADS, 4, 16, seed, basis=basis)
     check(batch, BF16, 0.1, 1, grid=3, tuning=tuning, basis=basis)
 
@@ -144,7 +145,7 @@ def test_a_query_that_is_not_finite_spoils_no_other(rng, seed):
 @pytest.mark.parametrize("preset", COVERED)
 def test_context_in_every_format(preset, head_size, dtype, rng, seed):
     """Ranges that begin and end anywhere in units and pages; an empty one; a longest that is only a bound."""
-    basis = random_basis(rng, HEADS, head_size)
+    basis = random_basis(rng, HEADS, head_size, buckets=1 if preset == COVERED[0] else 3)
     batch = make_batch(page_format(preset, head_size), [90] * 6, [1] * 6, HEADS, 1, 32, seed, basis=basis)
     check_context(batch, [0, 17, 9, 31, 15, 48], [90, 1, 0, 50, 2, 33], dtype, longest=100, basis=basis)
 
@@ -193,7 +194,7 @@ def test_a_broken_scale_reaches_one_key(head_size, rng, seed):
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_fragments_are_the_basis_and_made_once(head_size, rng):
     """Both parts hold the inverse to 22 bits of each row's size; a basis keeps its tensors, whose address graphs hold."""
-    basis = random_basis(rng, HEADS, head_size)
+    basis = random_basis(rng, HEADS, head_size, buckets=3)
     records = fragments.key_fragments(basis, 2)
     assert fragments.key_fragments(basis, 2) is records and fragments.key_fragments(basis, 1) is not records
     assert fragments.query_fragments(basis) is fragments.query_fragments(basis)
@@ -204,11 +205,19 @@ def test_fragments_are_the_basis_and_made_once(head_size, rng):
     # Order aside: sorted, for every entry stands once.
     ours, truth = (((parts[0] + parts[1]) * power).sort().values, basis.inverse.flatten(1).double().sort().values)
     assert (ours - truth).abs().max() < 2**-22 * truth.abs().max()
-    means = records[:, 2 * size + 16 :].contiguous().view(torch.float32).view(HEADS, -1, head_size)
-    assert torch.equal(means[:, :1], basis.means)
+    means = records[:, 2 * size + 16 :].contiguous().view(torch.float32).view(HEADS, 3, -1, head_size)
+    assert torch.equal(means[:, :, 0], basis.means)
     # Groups of 128 dims, each its part of the way from one mean to the other: to fp32's rounding of a matrix and its inverse.
-    assert means.shape[1] == 1 + max(1, head_size // 128)
-    torch.testing.assert_close(means[:, 1:].sum(1), basis.sink_mean - basis.means[:, 0], rtol=1e-2, atol=1e-2)
+    groups = max(1, head_size // 128)
+    assert means.shape[2] == 1 + groups
+    torch.testing.assert_close(means[:, :, 1:].sum(2), basis.sink_mean[:, None] - basis.means, rtol=1e-2, atol=1e-2)
     queries = fragments.query_fragments(basis)
-    assert torch.equal(queries[:, size : size + 4].contiguous().view(torch.float32).log2() % 1, 0 * power)
-    assert torch.equal(queries[:, size + 16 :].contiguous().view(torch.float32).view(HEADS, -1, head_size), means[:, 1:])
+    powers = queries[:, size : size + 8].contiguous().view(torch.float32)
+    assert torch.equal(powers.log2() % 1, 0 * powers)
+    rows = queries[:, size + 16 :].contiguous().view(torch.float16).double().view(HEADS, 2, -1).sum(1).unflatten(1, (16, -1))
+    ours, truth = (rows * powers.prod(-1)[:, None, None].double()).flatten(1), torch.zeros(HEADS, 16, head_size)
+    truth[:, :groups] = means[:, 0, 1:]
+    for b in (1, 2):
+        truth[:, b * groups : (b + 1) * groups] = means[:, 0, 1:] - means[:, b, 1:]
+    # Sorted again; differences of the two ways to the second mean are those between buckets, to fp32's rounding of either.
+    assert (ours.sort().values - truth.double().flatten(1).sort().values).abs().max() < 1e-5 * truth.abs().max()

