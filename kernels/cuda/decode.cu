@@ -1,8 +1,7 @@
 // Decode attention over TurboQuant pages in one launch. Work in units of 16 tokens is spread evenly over a fixed grid; the
 // CTAs that share a (request, head) leave partial results, and whichever is last merges them.
 
-// What scores gain by the mean that keys are relative to; without buckets the rest of the record's rows have nowhere to go but
-// their place.
+// What scores gain by the mean that keys are relative to, padding of the record's last tile included.
 #define GAINS (KEY_BASIS ? (PANELS + MEAN_ROWS) * COLUMNS : 0)
 
 static_assert(SHARED_BYTES == WARPS * STAGES * SLOT_BYTES + WARPS * MERGE_ROWS * (D + 2) * 4 + COLUMNS * (2 * D + 8) +

@@ -16,8 +16,8 @@ DEVICE void load_rows(const u8 *matrix, int tile, int first, int lane, u32 (*row
 
 // What log2 scores gain where keys are relative to a mean, for 16 rows [bucket][panel] of the head's record and all columns: to
 // `gains`, of which the first PANELS rows are those of the second mean and the others the buckets'. The first bucket's are 0;
-// the record has the second mean in their place. `scale` undoes
-// what the record divides rows by, and with it what factors have of the turned queries' size.
+// the record has the second mean in their place. `scale` undoes what the record divides rows by, and what the factors undo of
+// its division of the matrix.
 DEVICE void meet_means(const u8 *means, int tile, const u32 (*operands)[D / 8], const float *factors, float scale, float *gains,
                        int lane) {
   const int g = lane >> 2, t = lane & 3;
