@@ -16,12 +16,12 @@ from .combine import combine, plan_decode
 from .format import PageFormat
 from .tables import check_pages, level_arguments, next_power_of_2, page_arguments
 from .transform import key_matrix, rotation_matrix, sketch_key_matrix, transform_rows
-from .vectors import codes_to_vectors, load_codes, load_scalars, token_units
+from .vectors import bucket_of, codes_to_vectors, load_codes, load_rows, load_scalars, token_units
 
 _ROWS = 64  # query rows a program holds at most
 
 
-@triton.jit(do_not_specialize=["table_stride", "kv_heads", "q_per_kv", "max_query_len", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "bucket", "buckets", "kv_heads", "q_per_kv", "max_query_len", "splits"])
 def _decode_kernel(
     q,
     q_sketch,
@@ -40,9 +40,12 @@ def _decode_kernel(
     value_scalars,
     value_levels,
     offset,
+    offsets,
     cache_stride_block,
     cache_stride_head,
     table_stride,
+    bucket,
+    buckets,
     scale,
     soft_cap,
     kv_heads,
@@ -52,6 +55,7 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     BASIS: tl.constexpr,
+    BUCKETS: tl.constexpr,
     KEY_BITS: tl.constexpr,
     KEY_SKETCH: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -97,8 +101,11 @@ def _decode_kernel(
     begin = first + split * share * BN
     end = tl.minimum(begin + share * BN, length)
 
+    # What stored keys are short of, by their scale's sign: `KeyBasis.offsets` of the bucket, or `KeyBasis.offset`.
+    second = 0.0
     if BASIS:
-        offset += head * D
+        second = tl.load(offset + head * D + d, mask=d < D, other=0.0)[None, :]
+        offsets += head * buckets * D
     peak = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
@@ -108,7 +115,10 @@ def _decode_kernel(
         block = tl.load(block_table + request.to(tl.int64) * table_stride + n // BLOCK_SIZE, mask=live, other=0)
         unit, token = token_units(cache, block, n, head, cache_stride_block, cache_stride_head, BLOCK_SIZE, UNIT_BYTES)
         codes = load_codes(unit, token, live, key_table, K0, K1, K2, BN, DP)
-        k = codes_to_vectors(codes, unit, token, live, key_scalars, key_levels, offset, BASIS, KEY_BITS, D, GROUP, DP)
+        nearer = 0.0
+        if BUCKETS:
+            nearer = load_rows(offsets, bucket_of(n, bucket, buckets), d, d < D, D)
+        k = codes_to_vectors(codes, unit, token, live, key_scalars, key_levels, nearer, second, BASIS, KEY_BITS, D, GROUP, DP)
         scores = tl.dot(q_rows, tl.trans(k), input_precision=PRECISION)
         if KEY_SKETCH:
             signs = tl.where((codes >> KEY_BITS) > 0, -1.0, 1.0) * load_scalars(unit, token, live, key_norms, D, GROUP, DP)
@@ -127,7 +137,7 @@ def _decode_kernel(
         shrink = tl.exp(peak - base)
         total = total * shrink + tl.sum(weights, axis=1)
         codes = load_codes(unit, token, live, value_table, V0, V1, V2, BN, DP)
-        v = codes_to_vectors(codes, unit, token, live, value_scalars, value_levels, offset, False, VALUE_BITS, D, GROUP, DP)
+        v = codes_to_vectors(codes, unit, token, live, value_scalars, value_levels, 0.0, 0.0, False, VALUE_BITS, D, GROUP, DP)
         acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
         peak = new_peak
 
@@ -194,6 +204,9 @@ def decode(
         query_start_loc=query_start_loc,
         table_stride=block_table.stride(0),
         offset=None if basis is None else basis.offset,
+        offsets=None if basis is None else basis.offsets,
+        bucket=1 if basis is None else basis.bucket,
+        buckets=1 if basis is None else basis.buckets,
         scale=scale,
         soft_cap=soft_cap or 0.0,
         # Not compiled in: one binary serves every model of a head size and preset.
@@ -204,6 +217,7 @@ def decode(
         WINDOW=window or 0,
         SOFT_CAP=bool(soft_cap),
         BASIS=basis is not None,
+        BUCKETS=basis is not None and basis.buckets > 1,
         DP=dp,
         BM=bm,
         BN=32 if dp <= 256 else 16,

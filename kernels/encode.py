@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .vectors import load_rows
+
 
 @triton.jit
 def _beyond(x, live, normal, middle, D: tl.constexpr, PRE: tl.constexpr):
@@ -27,6 +29,7 @@ def _rotate_group(
     live,
     matrix,
     mean,
+    place,
     D: tl.constexpr,
     GROUP: tl.constexpr,
     GP: tl.constexpr,
@@ -35,7 +38,10 @@ def _rotate_group(
     PRE: tl.constexpr,
     group,
 ):
-    """fp32 [BT, GP]: PRE * M (x - mean) on the dims of one group. x: pointers [BT] to the vectors' first element."""
+    """fp32 [BT, GP]: PRE * M (x - mean) on the dims of one group. x: pointers [BT] to the vectors' first element.
+
+    mean: [buckets, D], place: [BT] or [1], which of them is a token's.
+    """
     BK: tl.constexpr = 64 if D % 64 == 0 else 32 if D % 32 == 0 else 16
     column = group * GROUP + tl.arange(0, GP)
     inside = (tl.arange(0, GP) < GROUP)[None, :]
@@ -45,7 +51,7 @@ def _rotate_group(
         a = tl.load(x[:, None] + i[None, :], mask=live[:, None], other=0.0)
         b = tl.load(matrix + column[None, :] * D + i[:, None], mask=inside, other=0.0)
         if MEAN:
-            a = a.to(tl.float32) - tl.load(mean + i)[None, :]
+            a = a.to(tl.float32) - load_rows(mean, place, i, i < D, D)
         if SIGNS:  # entries +-1: products are exact in the input's own precision
             acc = tl.dot((a.to(tl.float32) * PRE).to(b.dtype), b, acc)
         else:
@@ -117,6 +123,7 @@ def store_side(
     offset,
     normal,
     middle,
+    place,
     sketch,
     table,
     scalars,
@@ -144,7 +151,7 @@ def store_side(
         raw = tl.load(source, mask=live[:, None] & inside, other=0.0).to(tl.float32)
         _store_words(raw.to(tl.int32, bitcast=True), unit, token, live, table, P0, GROUP, GP, group)
     else:
-        y = _rotate_group(x, live, matrix, mean, D, GROUP, GP, SIGNS, BASIS, PRE, group)
+        y = _rotate_group(x, live, matrix, mean, place, D, GROUP, GP, SIGNS, BASIS, PRE, group)
         broken = tl.sum((tl.abs(y) < float("inf")).to(tl.int32), axis=1) < GP
         if BITS == 8:
             bounded = tl.clamp(y, -448.0 * PRE, 448.0 * PRE) * (1.0 / PRE)
@@ -154,7 +161,7 @@ def store_side(
             COUNT: tl.constexpr = 1 << (BITS - 1)
             y = tl.where(broken[:, None], 0.0, y)
             if BASIS:
-                near = _beyond(x, live, normal, middle, D, PRE)
+                near = _beyond(x, live, normal, middle, D, PRE) & (place == 0)
                 second = tl.load(offset + group * GROUP + column, mask=column < GROUP, other=0.0)
                 y = tl.where(near[:, None], y - second[None, :] * PRE, y)
             top = tl.max(tl.abs(y), axis=1)

@@ -13,7 +13,7 @@ from .basis import KeyBasis
 from .format import PageFormat
 from .tables import check_context, level_arguments, next_power_of_2, page_arguments
 from .transform import key_matrix, rotation_matrix, sketch_key_matrix
-from .vectors import codes_to_vectors, load_codes, load_scalars, token_units
+from .vectors import bucket_of, codes_to_vectors, load_codes, load_rows, load_scalars, token_units
 
 
 @triton.jit
@@ -30,6 +30,7 @@ def _load_side(
     sketch_matrix,
     mean,
     offset,
+    place,
     table,
     scalars,
     norms,
@@ -47,8 +48,11 @@ def _load_side(
     BC: tl.constexpr,
 ):
     codes = load_codes(unit, token, live, table, P0, P1, P2, BN, DP)
-    y = codes_to_vectors(codes, unit, token, live, scalars, levels, offset, BASIS, BITS, D, GROUP, DP)
     i = tl.arange(0, DP)
+    second = 0.0
+    if BASIS:
+        second = tl.load(offset + i, mask=i < D, other=0.0)[None, :]
+    y = codes_to_vectors(codes, unit, token, live, scalars, levels, 0.0, second, BASIS, BITS, D, GROUP, DP)
     target = out + row.to(tl.int64)[:, None] * out_stride_token + head * out_stride_head
     if BITS == 32:
         tl.store(target + i[None, :], y.to(out.dtype.element_ty), mask=live[:, None] & (i < D)[None, :])
@@ -64,11 +68,11 @@ def _load_side(
                 m = tl.load(sketch_matrix + i[:, None] * D + c[None, :], mask=inside, other=0.0)
                 x += tl.dot(signs, m, input_precision="tf32")
             if BASIS:
-                x += tl.load(mean + c, mask=c < D, other=0.0)[None, :]
+                x += load_rows(mean, place, c, c < D, D)
             tl.store(target + c[None, :], x.to(out.dtype.element_ty), mask=live[:, None] & (c < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "bucket", "buckets"])
 def _load_context_kernel(
     key,
     value,
@@ -77,6 +81,8 @@ def _load_context_kernel(
     first,
     start_loc,
     table_stride,
+    bucket,
+    buckets,
     key_matrix,
     sketch_matrix,
     mean,
@@ -94,6 +100,7 @@ def _load_context_kernel(
     cache_stride_block,
     cache_stride_head,
     BASIS: tl.constexpr,
+    BUCKETS: tl.constexpr,
     KEY_BITS: tl.constexpr,
     KEY_SKETCH: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -123,15 +130,18 @@ def _load_context_kernel(
         if BASIS:
             key_matrix += head * D * D
             sketch_matrix += head * D * D
-            mean += head * D
+            mean += head * buckets * D
             offset += head * D
+        place = tl.zeros([1], tl.int32)
+        if BUCKETS:
+            place = bucket_of(n, bucket, buckets)
         _load_side(
             key, unit, token, live, row, head, out_stride_token, out_stride_head, key_matrix, sketch_matrix, mean, offset,
-            key_table, key_scalars, key_norms, key_levels, BASIS, KEY_BITS, KEY_SKETCH, K0, K1, K2, D, GROUP, DP, BN, BC,
+            place, key_table, key_scalars, key_norms, key_levels, BASIS, KEY_BITS, KEY_SKETCH, K0, K1, K2, D, GROUP, DP, BN, BC,
         )  # fmt: skip
     else:
         _load_side(
-            value, unit, token, live, row, head, out_stride_token, out_stride_head, value_matrix, value_matrix, mean, offset,
+            value, unit, token, live, row, head, out_stride_token, out_stride_head, value_matrix, value_matrix, mean, offset, 0,
             value_table, value_scalars, value_scalars, value_levels, False, VALUE_BITS, False, V0, V1, V2, D, GROUP, DP, BN, BC,
         )  # fmt: skip
 
@@ -171,10 +181,13 @@ def load_context(
         table_stride=block_table.stride(0),
         key_matrix=keys,
         sketch_matrix=sketch_key_matrix(fmt, cache.device, basis) if fmt.preset.key.sketch else keys,
-        mean=None if basis is None else basis.mean,
+        mean=None if basis is None else basis.means,
         offset=None if basis is None else basis.offset,
+        bucket=1 if basis is None else basis.bucket,
+        buckets=1 if basis is None else basis.buckets,
         value_matrix=rotation_matrix(fmt, cache.device),
         BASIS=basis is not None and fmt.preset.key.bits != 32,
+        BUCKETS=basis is not None and basis.buckets > 1,
         out_stride_token=key.stride(0),
         out_stride_head=key.stride(1),
         DP=dp,

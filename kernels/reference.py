@@ -11,7 +11,7 @@ import functools
 import torch
 
 from .attention import attend_last
-from .basis import KeyBasis, by_head, rotate, turn_keys, turn_queries
+from .basis import KeyBasis, by_head, of_bucket, rotate, turn_keys, turn_queries
 from .codec import decode_vectors, encode_vectors, to_e4m3
 from .format import PageFormat, Preset, VectorCodec, page_format, scale_group
 from .packing import pack_plane, read_tokens, unpack_plane, write_tokens
@@ -23,14 +23,21 @@ def _sketch(fmt: PageFormat, codec: VectorCodec, seed: int, device: torch.device
 
 
 def _encode_side(
-    x: torch.Tensor, fmt: PageFormat, kind: str, odd: torch.Tensor, seed: int, scale: str, basis: KeyBasis | None
+    x: torch.Tensor,
+    fmt: PageFormat,
+    kind: str,
+    odd: torch.Tensor,
+    seed: int,
+    scale: str,
+    basis: KeyBasis | None,
+    bucket: torch.Tensor | None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Vectors ``[T, H, d]`` to the bytes of the side's planes and the side's fp16 scalars ``[T, H, groups]``."""
     codec, planes = fmt.sides[kind]
     if codec.bits == 32:
         return [x.to(torch.float32).contiguous().view(torch.uint8)], []
     x = x.to(torch.float64)
-    y, second = turn_keys(x, fmt, seed, basis) if kind == "key" else (rotate(x, fmt, codec, seed), None)
+    y, second = turn_keys(x, fmt, seed, basis, bucket) if kind == "key" else (rotate(x, fmt, codec, seed), None)
     if codec.bits == 8:
         return [to_e4m3(y)], []
     codes, scalars = encode_vectors(y, codec, fmt.scale_group, _sketch(fmt, codec, seed, x.device), scale)
@@ -46,21 +53,25 @@ def store(
     slot_mapping: torch.Tensor,
     fmt: PageFormat,
     basis: KeyBasis | None = None,
+    positions: torch.Tensor | None = None,
     seed: int = ROTATION_SEED,
     scale: str = "unbiased",
 ) -> None:
     """Encodes tokens into their slots; writes exactly the bytes that those tokens own and reads no page.
 
     key, value: floating ``[T', H, d]`` with T' >= T. cache: uint8 ``[B, H, N, C]`` with ``[N, C]`` contiguous per (block,
-    head). slot_mapping: int ``[T]``; negative slots are skipped. basis: of the keys, the plain rotation without.
+    head). slot_mapping: int ``[T]``; negative slots are skipped. basis: of the keys, the plain rotation without. positions: int64
+    ``[T]``, of the tokens in their sequences; ValueError where a basis of several buckets comes without.
     """
     live = (slot_mapping >= 0).nonzero().squeeze(-1)
     slots = slot_mapping[live].to(torch.int64)
     odd = (slots % 2)[:, None].expand(-1, cache.shape[1])
+    basis = None if fmt.preset.key.bits == 32 else basis
+    bucket = None if basis is None else basis.bucket_of(positions, len(slot_mapping))[live]
     parts: list[torch.Tensor] = []
     scalars: dict[str, torch.Tensor] = {}
     for kind, x in (("key", key), ("value", value)):
-        raw, side = _encode_side(x[live], fmt, kind, odd, seed, scale, basis)
+        raw, side = _encode_side(x[live], fmt, kind, odd, seed, scale, basis, bucket)
         parts += raw
         scalars |= zip((kind, "sketch_norm"), side, strict=False)
     parts += [scalars[kind].contiguous().view(torch.uint8) for kind in fmt.scalars]
@@ -72,12 +83,14 @@ def load(
     blocks: torch.Tensor,
     fmt: PageFormat,
     basis: KeyBasis | None = None,
+    starts: torch.Tensor | None = None,
     seed: int = ROTATION_SEED,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of whole blocks as the cache decodes them, **in the basis in which they are stored**.
 
-    blocks: int64 ``[n]``. basis: that of `store`; keys come back relative to its mean. Returns two ``[n * N, H, d]`` in
+    blocks: int64 ``[n]``. basis: that of `store`; keys come back relative to its first mean. starts: int64 ``[n]``, the position
+    of each block's first token; ValueError where a basis of several buckets comes without. Returns two ``[n * N, H, d]`` in
     ``dtype``; float32 holds every level times scale exactly.
     """
     pieces = read_tokens(cache, blocks, fmt)
@@ -88,19 +101,25 @@ def load(
         numbers = pieces.pop().contiguous().view(torch.float16).unflatten(-1, (-1, fmt.groups))
         scalars = dict(zip(fmt.scalars, numbers.unbind(-2), strict=True))
     sides = []
+    basis = None if fmt.preset.key.bits == 32 else basis
+    bucket = None
+    if basis is not None:
+        positions = None if starts is None else (starts[:, None] + torch.arange(cache.shape[2], device=starts.device)).flatten()
+        bucket = basis.bucket_of(positions, tokens)
     for kind, (codec, planes) in fmt.sides.items():
+        own = basis if kind == "key" else None
         raw, pieces = pieces[: len(planes)], pieces[len(planes) :]
         if not codec.scaled:
             number = torch.float32 if codec.bits == 32 else torch.float8_e4m3fn
-            sides.append(raw[0].contiguous().view(number).to(dtype))
+            y = raw[0].contiguous().view(number).to(dtype)
+            sides.append(y if own is None or bucket is None else y + of_bucket(own.offsets, bucket, y))
             continue
         codes = functools.reduce(torch.bitwise_or, [unpack_plane(p, x, odd) for p, x in zip(planes, raw, strict=True)])
-        own = basis if kind == "key" else None
         side = [scalars[kind] if own is None else scalars[kind].abs(), *([scalars["sketch_norm"]] if codec.sketch else [])]
         y = decode_vectors(codes, side, codec, _sketch(fmt, codec, seed, cache.device), dtype)
-        if own is not None:
+        if own is not None and bucket is not None:
             second = scalars[kind].signbit().repeat_interleave(fmt.scale_group, -1)
-            y = torch.where(second, y + own.offset.to(device=y.device, dtype=dtype), y)
+            y = y + torch.where(second, own.offset.to(device=y.device, dtype=dtype), of_bucket(own.offsets, bucket, y))
         sides.append(y)
     return sides[0], sides[1]
 
@@ -110,14 +129,15 @@ def load_vectors(
     blocks: torch.Tensor,
     fmt: PageFormat,
     basis: KeyBasis | None = None,
+    starts: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of whole blocks **in the model's own basis**: `load`, then the way back. basis: that of `store`."""
-    keys, values = load(cache, blocks, fmt, basis, dtype=dtype)
+    keys, values = load(cache, blocks, fmt, basis, starts, dtype=dtype)
     if basis is None or fmt.preset.key.bits == 32:
         keys = rotate(keys, fmt, fmt.preset.key, ROTATION_SEED, inverse=True)
     else:
-        keys = by_head(keys, basis.inverse.mT) + basis.mean.to(device=keys.device, dtype=dtype)
+        keys = by_head(keys, basis.inverse.mT) + basis.means[:, 0].to(device=keys.device, dtype=dtype)
     return keys, rotate(values, fmt, fmt.preset.value, ROTATION_SEED, inverse=True)
 
 
@@ -151,6 +171,7 @@ def attend(
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     requests: list[tuple[int, int, int, int]] = []
     wanted: list[torch.Tensor] = []
+    places: list[torch.Tensor] = []
     for row, length in enumerate(lengths):
         rows = starts[row + 1] - starts[row]
         if rows <= 0 or length <= 0:
@@ -159,9 +180,10 @@ def attend(
         first, last = oldest // block_size, -(-length // block_size)
         requests.append((starts[row], rows, length - first * block_size, last - first))
         wanted.append(block_table[row, first:last].to(torch.int64))
+        places.append(torch.arange(first, last, device=cache.device) * block_size)
     if not requests:
         return out
-    keys, values = load(cache, torch.cat(wanted), fmt, basis, seed, dtype)
+    keys, values = load(cache, torch.cat(wanted), fmt, basis, torch.cat(places), seed, dtype)
     q = turn_queries(query.to(dtype).view(tokens, kv_heads, heads // kv_heads, head_size), fmt, seed, basis)
     base = 0
     for start, rows, length, blocks in requests:

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 import torch
 
-from .basis import KeyBasis, balanced_transform, key_basis
+from .basis import BUCKET, MAX_BUCKETS, KeyBasis, balanced_transform, key_basis
 
 # First tokens of a sequence that are left out of the sums: attention sinks spread over a few.
 SKIPPED = 4
 _GEOMETRIC, _UNIFORM = 16, 8
+_IN_BUCKET = 4  # shifts whose average is a bucket's mean
 
 
 def shifts(served: int) -> list[int]:
@@ -25,12 +26,30 @@ def shifts(served: int) -> list[int]:
     return [0, *geometric, *(served * i // _UNIFORM for i in range(_UNIFORM))]
 
 
+def bucket_tokens(served: int) -> int:
+    """Positions a bucket in a context of ``served`` tokens: `BUCKET`, or the least multiple of it that needs no more buckets than
+    `MAX_BUCKETS`.
+    """
+    return BUCKET * max(1, -(-served // (MAX_BUCKETS * BUCKET)))
+
+
+def bucket_shifts(served: int, length: int) -> list[list[int]]:
+    """Where a calibration text of ``length`` tokens is put for the mean of each bucket: inside it, as far as it fits."""
+    size = bucket_tokens(served)
+    room = max(size - length, 0)
+    inside = [room * i // (_IN_BUCKET - 1) for i in range(_IN_BUCKET)]
+    return [[first + shift for shift in inside] for first in range(0, served, size)]
+
+
 class KeyStatistics:
     """Sums over tokens of one attention layer; keys and queries as they meet in attention, after rotary embedding.
 
     float64, on the device of what is added: key_sum ``[Hk, d]``, key_moment ``[Hk, d, d]`` (of k k^T), query_moment ``[Hk, d,
     d]`` (of q q^T over all query heads of a KV head), ``tokens``; of first tokens of sequences, whose keys are unlike all others
     and count in none of these, sink_sum ``[Hk, d]``, ``sinks``.
+
+    `spread` adds mean_moment ``[Hk, d, d]``, of m m^T over all tokens, m the mean of a token's shift; and where it is given
+    buckets, means ``[Hk, B, d]`` of ``bucket`` positions each.
     """
 
     def __init__(self, kv_heads: int, head_size: int, device: torch.device) -> None:
@@ -40,6 +59,9 @@ class KeyStatistics:
         self.query_moment = torch.zeros_like(self.key_moment)
         self.sinks = 0.0
         self.sink_sum = torch.zeros_like(self.key_sum)
+        self.bucket = BUCKET
+        self.means: torch.Tensor | None = None
+        self.mean_moment = torch.zeros_like(self.key_moment)
 
     def add(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """One sequence from its start, at positions 0, 1, ...
@@ -57,16 +79,23 @@ class KeyStatistics:
         self.key_moment += k.mT @ k
         self.query_moment += q.mT @ q
 
-    def spread(self, turns: Iterable[torch.Tensor]) -> KeyStatistics:
+    def spread(self, turns: Iterable[torch.Tensor], buckets: torch.Tensor | None = None, bucket: int = BUCKET) -> KeyStatistics:
         """Their average over shifts of all positions. A shift by p turns every vector by the same R(p), so it turns the sums.
 
-        turns: orthogonal floating ``[d, d]``, R(p) of each shift.
+        turns: orthogonal floating ``[d, d]``, R(p) of each shift. buckets: floating ``[B, d, d]``, the average of R(p) over
+        shifts inside each bucket of ``bucket`` positions; without, or with one, all positions share a mean.
         """
         result, count = self._empty(self.key_sum.device), 0
+        mean = self.key_sum / self.tokens
+        outer = self.tokens * mean[:, :, None] * mean[:, None, :]
+        result.bucket = bucket
+        if buckets is not None and len(buckets) > 1:
+            result.means = torch.einsum("bij,hj->hbi", buckets.to(mean), mean)
         for turn in turns:
             r = turn.to(self.key_sum)
             result.key_sum += self.key_sum @ r.T
             result.key_moment += r @ self.key_moment @ r.T
+            result.mean_moment += r @ outer @ r.T
             result.query_moment += r @ self.query_moment @ r.T
             count += 1
         result.tokens = self.tokens * count
@@ -76,9 +105,10 @@ class KeyStatistics:
 
     def to(self, device: torch.device | str) -> KeyStatistics:
         result = self._empty(torch.device(device))
-        result.tokens, result.sinks = self.tokens, self.sinks
-        for name in ("key_sum", "key_moment", "query_moment", "sink_sum"):
+        result.tokens, result.sinks, result.bucket = self.tokens, self.sinks, self.bucket
+        for name in ("key_sum", "key_moment", "query_moment", "sink_sum", "mean_moment"):
             setattr(result, name, getattr(self, name).to(device))
+        result.means = None if self.means is None else self.means.to(device)
         return result
 
     def _empty(self, device: torch.device) -> KeyStatistics:
@@ -86,17 +116,21 @@ class KeyStatistics:
         return KeyStatistics(heads, d, device)
 
     def basis(self, *, centred: bool = True, balanced: bool = True) -> KeyBasis:
-        """The `KeyBasis` that fits these sums, on the CPU.
+        """The `KeyBasis` that fits these sums, on the CPU; of one bucket unless `spread` was given several.
 
-        centred: subtract the keys' mean; False where a constant in all logits of a query matters (soft cap, sinks). balanced:
-        with the transform of `balanced_transform`, else the plain rotation. Raises ValueError where a sum is not finite.
+        centred: subtract the keys' means; False where a constant in all logits of a query matters (soft cap, sinks). balanced:
+        with the transform of `balanced_transform`, else the plain rotation. With buckets, a key's distance is that from its own
+        shift's mean. Raises ValueError where a sum is not finite.
         """
         mean = self.key_sum / self.tokens
         if not centred:
             mean = torch.zeros_like(mean)
-        moment = self.key_moment / self.tokens - mean[:, :, None] * mean[:, None, :]
+        means, mean_moment = mean[:, None], mean[:, :, None] * mean[:, None, :]
+        if centred and self.means is not None:
+            means, mean_moment = self.means, self.mean_moment / self.tokens
+        moment = self.key_moment / self.tokens - mean_moment
         if not (moment.isfinite().all() and self.query_moment.isfinite().all()):
             raise ValueError("keys or queries of the calibration run are not finite")
         eye = torch.eye(mean.shape[1], dtype=torch.float64, device=mean.device).expand_as(moment)
         transform = balanced_transform(moment, self.query_moment / self.tokens) if balanced else eye
-        return key_basis(transform, mean, self.sink_sum / self.sinks)
+        return key_basis(transform, means, self.sink_sum / self.sinks, bucket=self.bucket)

@@ -20,14 +20,14 @@ from .format import PageFormat
 from .rotation import ROTATION_SEED, sketch_matrix
 from .tables import check_pages, next_power_of_2, page_arguments
 from .transform import rotation_matrix
-from .vectors import token_units
+from .vectors import bucket_of, token_units
 
 _TOKENS = 16
 # bf16 and fp32 inputs are brought down by an exact power of two, so that sums of the largest finite values stay finite.
 _PRESCALE = 2.0**-40
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "bucket", "buckets"])
 def _store_kernel(
     key,
     value,
@@ -38,6 +38,7 @@ def _store_kernel(
     key_offset,
     key_normal,
     key_middle,
+    positions,
     value_matrix,
     sketch,
     key_table,
@@ -46,6 +47,8 @@ def _store_kernel(
     value_table,
     value_scalars,
     tokens,
+    bucket,
+    buckets,
     key_stride_token,
     key_stride_head,
     value_stride_token,
@@ -75,6 +78,7 @@ def _store_kernel(
     KEY_SIGNS: tl.constexpr,
     VALUE_SIGNS: tl.constexpr,
     BASIS: tl.constexpr,
+    BUCKETS: tl.constexpr,
     PRE: tl.constexpr,
 ):
     t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -91,19 +95,22 @@ def _store_kernel(
         x = key + t * key_stride_token + head * key_stride_head
         if BASIS:
             key_matrix += head * D * D
-            key_mean += head * D
+            key_mean += head * buckets * D
             key_offset += head * D
             key_normal += head * D
             key_middle += head * D
+        place = tl.zeros([1], tl.int32)
+        if BUCKETS:
+            place = bucket_of(tl.load(positions + t, mask=live, other=0), bucket, buckets)
         store_side(
-            x, unit, token, live, key_matrix, key_mean, key_offset, key_normal, key_middle, sketch,
+            x, unit, token, live, key_matrix, key_mean, key_offset, key_normal, key_middle, place, sketch,
             key_table, key_scalars, key_norms, group,
             KEY_BITS, KEY_SKETCH, KEY_LEVELS, KEY_PER_SIGMA, K0, K1, K2, D, GROUP, GP, CANDIDATES, KEY_SIGNS, BASIS, PRE,
         )  # fmt: skip
     else:
         x = value + t * value_stride_token + head * value_stride_head
         store_side(
-            x, unit, token, live, value_matrix, key_mean, key_offset, key_normal, key_middle, sketch,
+            x, unit, token, live, value_matrix, key_mean, key_offset, key_normal, key_middle, 0, sketch,
             value_table, value_scalars, value_scalars, group,
             VALUE_BITS, False, VALUE_LEVELS, VALUE_PER_SIGMA, V0, V1, V2, D, GROUP, GP, CANDIDATES, VALUE_SIGNS, False, PRE,
         )  # fmt: skip
@@ -129,12 +136,14 @@ def store(
     slot_mapping: torch.Tensor,
     fmt: PageFormat,
     basis: KeyBasis | None = None,
+    positions: torch.Tensor | None = None,
 ) -> None:
     """Encodes tokens into their slots; writes exactly the bytes that those tokens own and reads no page.
 
     key, value: ``[T', H, d]`` of one floating dtype, T' >= T, last dim contiguous. cache: uint8 ``[B, H, N, C]`` with ``[N,
     C]`` contiguous per (block, head). slot_mapping: int64 ``[T]``; negative slots are skipped. basis: of the keys, on the
-    same device; the plain rotation without.
+    same device; the plain rotation without. positions: int64 ``[T]`` or longer, contiguous, of the tokens in their sequences;
+    ValueError where a basis of several buckets comes without.
     """
     heads = key.shape[1]
     assert key.dtype == value.dtype and key.stride(2) == 1 and value.stride(2) == 1
@@ -145,18 +154,25 @@ def store(
     matrix, sketch, signs = _constants(fmt, cache.device, key.dtype)
     if fmt.preset.key.bits == 32:
         basis = None
+    buckets = 1 if basis is None else basis.buckets
+    if buckets > 1 and (positions is None or positions.shape[0] < tokens):
+        raise ValueError(f"a key basis of {buckets} buckets needs the positions of all {tokens} tokens")
+    assert positions is None or (positions.dtype == torch.int64 and positions.is_contiguous())
     _store_kernel[(triton.cdiv(tokens, _TOKENS), heads * fmt.groups, 2)](
         key,
         value,
         slot_mapping,
         key_matrix=matrix if basis is None else basis.forward,
-        key_mean=None if basis is None else basis.mean,
+        key_mean=None if basis is None else basis.means,
         key_offset=None if basis is None else basis.offset,
         key_normal=None if basis is None else basis.normal,
         key_middle=None if basis is None else basis.middle,
+        positions=positions if buckets > 1 else None,
         value_matrix=matrix,
         sketch=sketch,
         tokens=tokens,
+        bucket=1 if basis is None else basis.bucket,
+        buckets=buckets,
         key_stride_token=key.stride(0),
         key_stride_head=key.stride(1),
         value_stride_token=value.stride(0),
@@ -171,6 +187,7 @@ def store(
         KEY_SIGNS=signs and basis is None,
         VALUE_SIGNS=signs,
         BASIS=basis is not None,
+        BUCKETS=buckets > 1,
         PRE=1.0 if key.dtype == torch.float16 else _PRESCALE,
         num_warps=4,
         **page_arguments(cache, fmt),

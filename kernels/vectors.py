@@ -17,6 +17,18 @@ def token_units(cache, block, position, head, stride_block, stride_head, BLOCK_S
 
 
 @triton.jit
+def bucket_of(position, bucket, buckets):
+    """Which of a basis's ``buckets`` buckets of ``bucket`` positions each position is in."""
+    return tl.minimum(position // bucket, buckets - 1).to(tl.int32)
+
+
+@triton.jit
+def load_rows(rows, place, d, inside, D: tl.constexpr):
+    """fp32 [N, DP]: dims ``d`` [DP] where ``inside``, 0 elsewhere, of rows ``place`` [N] of [.., D]; of 1 for all tokens."""
+    return tl.load(rows + place[:, None] * D + d[None, :], mask=inside[None, :], other=0.0)
+
+
+@triton.jit
 def load_words(unit, token, live, table, PLANE: tl.constexpr, WP: tl.constexpr):
     """int32 [N, WP]: the words of one plane; 0 where not live or past the plane's last word."""
     WORDS: tl.constexpr = PLANE[0]
@@ -99,7 +111,8 @@ def codes_to_vectors(
     live,
     scalars,
     levels,
-    offset,
+    first,
+    second,
     OFFSET: tl.constexpr,
     BITS: tl.constexpr,
     D: tl.constexpr,
@@ -108,20 +121,18 @@ def codes_to_vectors(
 ):
     """fp32 [N, DP]: what Algorithm 1 gives back, in the basis of storage; finite and 0 where not live.
 
-    OFFSET: keys under a basis, whose scale's sign tells of two means; offset [D]: from the first to the second.
+    OFFSET: keys under a basis, whose scale's sign tells of two means; first, second: what either adds, fp32 of that shape or 0.
     """
     inside = live[:, None] & (tl.arange(0, DP) < D)[None, :]
     if BITS == 32:
         return tl.where(inside, codes.to(tl.float32, bitcast=True), 0.0)
     elif BITS == 8:
-        return tl.where(inside, e4m3_to_float(codes), 0.0)
+        return tl.where(inside, e4m3_to_float(codes) + first, 0.0)
     else:
         level = tl.load(levels + (codes & ((1 << BITS) - 1)))
         scale = load_scalars(unit, token, live, scalars, D, GROUP, DP)
         if OFFSET:
-            d = tl.arange(0, DP)
-            second = tl.load(offset + d, mask=d < D, other=0.0)[None, :]
-            y = level * tl.abs(scale) + tl.where(scale.to(tl.int32, bitcast=True) < 0, second, 0.0)
+            y = level * tl.abs(scale) + tl.where(scale.to(tl.int32, bitcast=True) < 0, second, first)
         else:
             y = level * scale
         return tl.where(inside, y, 0.0)

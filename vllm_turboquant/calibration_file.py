@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .kernels.basis import KeyBasis
+from .kernels.basis import MAX_BUCKETS, KeyBasis
 
-FORMAT = 1  # to be raised when what tensors mean changes, the rotation and the closed form of the transform included
+FORMAT = 2  # to be raised when what tensors mean changes, the rotation and the closed form of the transform included
 _HEADER = "turboquant-calibration"
-_PARTS = ("forward", "inverse", "mean", "sink_mean")
+_PARTS = ("forward", "inverse", "means", "sink_mean")
 # The product of a matrix and its inverse, both rounded to fp32, of a transform whose condition is at most 1e3 (shrinkage).
 _INVERSE = 1e-2
 
@@ -114,6 +114,9 @@ def save(path: Path, identity: Identity, bases: list[Mapping[str, KeyBasis]]) ->
         for layer, basis in own.items()
         for part in _PARTS
     }
+    tensors |= {
+        f"{rank}.{layer}.bucket": torch.tensor([basis.bucket]) for rank, own in enumerate(bases) for layer, basis in own.items()
+    }
     header = {"format": FORMAT, "checksum": _checksum(tensors), "identity": asdict(identity)}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -136,11 +139,15 @@ def load(path: Path, rank: int) -> tuple[Identity, dict[str, KeyBasis]]:
     identity, tensors = _read(path, rank)
     bases: dict[str, KeyBasis] = {}
     for layer, (heads, d) in identity.layers.items():
-        parts = [tensors.get(f"{rank}.{layer}.{part}") for part in _PARTS]
-        if [None if p is None else tuple(p.shape) for p in parts] != [(heads, d, d)] * 2 + [(heads, d)] * 2:
+        parts = [tensors.get(f"{rank}.{layer}.{part}") for part in (*_PARTS, "bucket")]
+        shapes = [None if p is None else tuple(p.shape) for p in parts]
+        buckets = shapes[2][1] if shapes[2] is not None and len(shapes[2]) == 3 else 0
+        whole = [(heads, d, d), (heads, d, d), (heads, buckets, d), (heads, d), (1,)]
+        if shapes != whole or not 1 <= buckets <= MAX_BUCKETS:
             raise CalibrationFileError(f"lacks tensors of layer {layer}")
-        basis = KeyBasis(*(part for part in parts if part is not None))
-        finite = basis.mean.isfinite().all() and basis.sink_mean.isfinite().all()
+        forward, inverse, means, sink_mean, bucket = (part for part in parts if part is not None)
+        basis = KeyBasis(forward, inverse, means, sink_mean, int(bucket))
+        finite = basis.means.isfinite().all() and basis.sink_mean.isfinite().all()
         if not finite or not (basis.forward @ basis.inverse - torch.eye(d)).abs().max() < _INVERSE:
             raise CalibrationFileError(f"holds no invertible transform of layer {layer}")
         bases[layer] = basis

@@ -15,7 +15,7 @@ from vllm.forward_context import set_forward_context
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from .kernels.attention import attend_raw
-from .kernels.statistics import KeyStatistics, shifts
+from .kernels.statistics import KeyStatistics, bucket_shifts, bucket_tokens, shifts
 from .rotary import is_rotary, turns
 from .texts import blocks
 
@@ -145,15 +145,18 @@ def run_model(
             # Eager: what is compiled was not compiled yet, and compiling for this one length would cost more than the run.
             with set_forward_context(None, config, num_tokens=len(ids), skip_compiled=True):
                 model(input_ids=ids.to(device), positions=positions, intermediate_tensors=None, inputs_embeds=None)
-        places = torch.tensor(shifts(config.model_config.max_model_len), device=device)
-        matrices: dict[int, torch.Tensor] = {}
+        served = config.model_config.max_model_len
+        places = torch.tensor(shifts(served), device=device)
+        inside = torch.tensor(bucket_shifts(served, recipe.sequence), device=device)
+        matrices: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         spread: dict[str, KeyStatistics] = {}
         for name, one in run.statistics.items():
             module = run.rotary[name]
             if module is not None:
                 if id(module) not in matrices:
-                    matrices[id(module)] = turns(module, places)
-                one = one.spread(matrices[id(module)])
+                    means = turns(module, inside.flatten()).unflatten(0, inside.shape).mean(1)
+                    matrices[id(module)] = turns(module, places), means
+                one = one.spread(*matrices[id(module)], bucket_tokens(served))
             spread[name] = one.to("cpu")
     return spread
 

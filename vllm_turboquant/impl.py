@@ -15,6 +15,7 @@ from .config import FLAG, SERVE_PLAIN, refuse
 from .kernels import reference
 from .kernels.basis import KeyBasis
 from .kernels.format import DEFAULT_PRESET, PageFormat, page_format, scale_group
+from .positions import token_positions
 
 if TYPE_CHECKING:
     from .metadata import TurboQuantMetadata
@@ -98,19 +99,27 @@ class TurboQuantImpl(AttentionImpl):
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
         """Stores new tokens: key, value ``[T', Hk, d]``, pages uint8 ``[B, Hk, N, C]``, slot_mapping int64 ``[T]``."""
+        positions: torch.Tensor | None = None
+        if self.basis is not None and self.basis.buckets > 1:
+            positions = token_positions(layer.layer_name, self.preset)
+            if positions is None:
+                return
+            # Slots may be padded further, with -1.
+            slot_mapping = slot_mapping[: len(positions)]
+            positions = positions[: len(slot_mapping)]
         if key.is_cuda:
             from .kernels.store import store
 
-            store(key, value, kv_cache, slot_mapping, self.format, self.basis)
+            store(key, value, kv_cache, slot_mapping, self.format, self.basis, positions)
         else:
-            reference.store(key, value, kv_cache, slot_mapping, self.format, self.basis)
+            reference.store(key, value, kv_cache, slot_mapping, self.format, self.basis, positions)
 
     def forward(
         self,

@@ -12,7 +12,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from .config import FLAG, refuse
+from .config import FLAG, OFF, refuse
+from .impl import compressed_layers
 from .plan import PrefillPlan, drafts_with_a_model, plan_prefill
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ class TurboQuantMetadata(AttentionMetadata):
     """What one forward pass needs. Requests stand decodes first: ``decodes`` of them, with ``decode_tokens`` tokens.
 
     query_start_loc: int32 ``[R + 1]``. seq_lens: int32 ``[R]``, new tokens included. block_table: int32 ``[R, blocks]``.
-    slot_mapping: int64 ``[T]``, -1 for padding. max_query_len: a bound for decodes, the same in every step. prefill: None
-    without prefills and on a CPU, where one path serves all.
+    slot_mapping: int64 ``[T]``, -1 for padding. positions: int64 ``[T]``, of tokens in their sequences; None only where no
+    layer's keys are stored by position. max_query_len: a bound for decodes, the same in every step. prefill: None without
+    prefills and on a CPU, where one path serves all.
     """
 
     num_actual_tokens: int
@@ -35,6 +37,7 @@ class TurboQuantMetadata(AttentionMetadata):
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
+    positions: torch.Tensor | None
     decodes: int
     decode_tokens: int
     max_query_len: int
@@ -51,6 +54,8 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.on_gpu = device.type == "cuda"
         self.inexact = 0
+        bases = [impl.basis for impl in compressed_layers(vllm_config, layer_names)]
+        self.by_position = any(basis is not None and basis.buckets > 1 for basis in bases)
         _log_compression(kv_cache_spec, vllm_config)
         if self.on_gpu:
             from .warmup import warm_up
@@ -75,6 +80,11 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             dtype = self.vllm_config.cache_config.cache_dtype
             reason = "a layer of this model or its drafter attends without causal mask, which is not computed"
             raise refuse(FLAG, dtype, reason, "use another drafter or --kv-cache-dtype auto")
+        if self.by_position and (common.positions is None or common.positions.ndim != 1):
+            # As where a batch is cut into micro-batches, or chunked local attention makes sequences of its own.
+            dtype = self.vllm_config.cache_config.cache_dtype
+            reason = "this batch comes without its tokens' positions, by which calibrated keys are stored"
+            raise refuse(FLAG, dtype, reason, f'set "calibration" to "{OFF}"')
         decodes, prefills, decode_tokens, prefill = common.num_reqs, 0, common.num_actual_tokens, None
         threshold = self.reorder_batch_threshold or 1
         if self.on_gpu:
@@ -87,6 +97,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
+            positions=common.positions,
             decodes=decodes,
             decode_tokens=decode_tokens,
             max_query_len=threshold,

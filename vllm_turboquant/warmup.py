@@ -44,7 +44,7 @@ def warm_up(
             impl.sliding_window,
             impl.logits_soft_cap,
             impl.sinks is not None,
-            impl.basis is not None,
+            0 if impl.basis is None else impl.basis.buckets,
         )
         if kind not in seen:
             seen.add(kind)
@@ -58,7 +58,7 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
     qkv = torch.zeros(1, (heads + 2 * kv_heads) * d, dtype=dtype, device=device)
     query, key, value = (x.unflatten(1, (-1, d)) for x in qkv.split([heads * d, kv_heads * d, kv_heads * d], dim=1))
     slots = torch.zeros(1, dtype=torch.int64, device=device)
-    store(key, value, cache, slots, fmt, impl.basis)
+    store(key, value, cache, slots, fmt, impl.basis, torch.zeros_like(slots))
     table = torch.zeros(1, 16, dtype=torch.int32, device=device)
     one = torch.ones(1, dtype=torch.int32, device=device)
     starts = torch.tensor([0, 1], dtype=torch.int32, device=device)

@@ -157,7 +157,13 @@ DEVICE void attend_pair(const Params &p, State &a, const Bounds &b, const Levels
   float score[2][TILES][4], value_scale[2][PANELS][2];
   u32 weights[2][TILES][PANELS][2], hidden = 0, key_scales[2];
 #pragma unroll
-  for (int u = 0; u < 2; u++) score_unit(a, keys, slot + u * UNIT_BYTES, g, t, score[u], value_scale[u], key_scales[u]);
+  for (int u = 0; u < 2; u++) {
+    const float *gains = b.gains;
+#if BUCKETED
+    gains += (1 + bucket_of((token >> 4) + u, p.bucket, p.buckets)) * COLUMNS;
+#endif
+    score_unit(a, keys, slot + u * UNIT_BYTES, gains, g, t, score[u], value_scale[u], key_scales[u]);
+  }
 #if KEY_BASIS
   if (any_lane((key_scales[0] | key_scales[1]) & 0x80008000u)) meet_second_means(b, key_scales, t, score);
 #endif

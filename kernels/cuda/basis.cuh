@@ -5,7 +5,6 @@
 #if KEY_BASIS
 #define MATRIX_TILES (D / 16)
 #define MATRIX_BYTES (MATRIX_PARTS * 2 * D * D)
-#define BASIS_BYTES (MATRIX_BYTES + 16 + 8 * D)
 
 // Rows 16 * tile .. of the inverse times the scale group's levels, for the unit's two halves: [half][MMA's result].
 DEVICE void multiply_rows(const u8 *basis, int tile, int group, const u32 (*y)[D / 8], int lane, float (*sum)[4]) {
@@ -25,7 +24,8 @@ DEVICE void multiply_rows(const u8 *basis, int tile, int group, const u32 (*y)[D
 }
 
 // As `decode_unit` of keys is without a basis.
-DEVICE void decode_keys(const u8 *unit, const u8 *basis, int token, int begin, int end, u16 *out, u64 out_token, int lane) {
+DEVICE void decode_keys(const u8 *unit, const u8 *basis, int bucket, int token, int begin, int end, u16 *out, u64 out_token,
+                        int lane) {
   const int g = lane >> 2, t = lane & 3;
   const Levels table = {KEY_LEVELS};
   u32 y[2][D / 8];
@@ -39,6 +39,7 @@ DEVICE void decode_keys(const u8 *unit, const u8 *basis, int token, int begin, i
       for (int o = 0; o < KEY_OCTETS; o++) key_levels(row, o, table, y[half] + 4 * (panel * KEY_OCTETS + o));
     }
   const float factor = *(const float *)(basis + MATRIX_BYTES);
+  const u8 *means = basis + MATRIX_BYTES + 16;
   // Of tokens 2t and 2t + 1, both halves in a word, in fp16 to save registers; negative: relative to the second mean.
   u32 scales[SCALES][2];
 #pragma unroll
@@ -55,7 +56,7 @@ DEVICE void decode_keys(const u8 *unit, const u8 *basis, int token, int begin, i
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       u32 mean[2];
-      load_page_64(basis + MATRIX_BYTES + 16 + (64 * j + 8 * g + 2 * i) * 4, mean);
+      load_page_64(means + (64 * j + 8 * g + 2 * i + (1 + bucket) * D) * 4, mean);
 #pragma unroll
       for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -74,7 +75,7 @@ DEVICE void decode_keys(const u8 *unit, const u8 *basis, int token, int begin, i
       }
       if ((scales[0][0] | scales[0][1]) & 0x80008000u) {
         u32 farther[2];
-        load_page_64(basis + MATRIX_BYTES + 16 + (64 * j + 8 * g + 2 * i + D) * 4, farther);
+        load_page_64(means + (64 * j + 8 * g + 2 * i) * 4, farther);
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll

@@ -181,3 +181,12 @@ DEVICE void value_levels(const ValueHalf &r, int octet, bool odd_dims, const Lev
   whole_levels(code, table, out);
 #endif
 }
+
+#if KEY_BASIS
+// The bucket of positions whose mean a unit's keys are relative to. `inverse`: 2^31 over the units in a bucket, rounded up, which
+// is exact while unit times those is below 2^31.
+DEVICE int bucket_of(u32 unit, u32 inverse, int buckets) {
+  const int bucket = (int)((u64)unit * inverse >> 31);
+  return bucket < buckets ? bucket : buckets - 1;
+}
+#endif

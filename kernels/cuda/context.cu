@@ -11,7 +11,10 @@ struct Params {
   int kv_heads;
   int tiles;  // CTAs a request and head
 #if KEY_BASIS
-  const u8 *basis;  // [KV heads][BASIS_BYTES]
+  const u8 *basis;  // of `vllm_turboquant.kernels.cuda.fragments.key_fragments`
+  u64 basis_head;   // bytes
+  u32 bucket;       // of `bucket_of`
+  int buckets;
 #endif
 };
 
@@ -134,7 +137,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_co
     decode_unit<true>(p, unit, token, begin, end, p.value + target, lane);
   else
 #if KEY_BASIS
-    decode_keys(unit, p.basis + (u64)head * BASIS_BYTES, token, begin, end, p.key + target, p.out_token, lane);
+    decode_keys(unit, p.basis + head * p.basis_head, bucket_of(index, p.bucket, p.buckets), token, begin, end, p.key + target,
+                p.out_token, lane);
 #else
     decode_unit<false>(p, unit, token, begin, end, p.key + target, lane);
 #endif

@@ -11,7 +11,7 @@ from ..basis import KeyBasis
 from ..format import UNIT_TOKENS, PageFormat
 from ..tables import check_context
 from .driver import Function, built, device_index
-from .fragments import key_fragments
+from .fragments import bucket_arguments, key_fragments
 from .variant import ContextVariant, supported_pages
 
 
@@ -23,6 +23,9 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("out_token", "out_head", "cache_block", "cache_head", "table_request")),
         *((name, ctypes.c_int) for name in ("kv_heads", "tiles")),
         ("basis", ctypes.c_void_p),
+        ("basis_head", ctypes.c_uint64),
+        ("bucket", ctypes.c_uint32),
+        ("buckets", ctypes.c_int),
     )
 
 
@@ -71,7 +74,7 @@ def _arguments(
     fragments = None
     if basis is not None:
         fragments = key_fragments(basis, variant.matrix_parts)
-        assert basis.mean.shape == key.shape[1:] and fragments.device == cache.device
+        assert basis.sink_mean.shape == key.shape[1:] and fragments.device == cache.device
     # A range may begin with the last token of a unit.
     units = (longest + 2 * UNIT_TOKENS - 2) // UNIT_TOKENS if longest > 0 else 0
     tiles = -(-units // (variant.warps // 2))
@@ -90,6 +93,8 @@ def _arguments(
         heads,
         tiles,
         0 if fragments is None else fragments.data_ptr(),
+        0 if fragments is None else fragments.stride(0),
+        *bucket_arguments(basis),
     )
     return variant, params, tiles * heads * requests
 

@@ -1,10 +1,11 @@
 // Decode attention over TurboQuant pages in one launch. Work in units of 16 tokens is spread evenly over a fixed grid; the
 // CTAs that share a (request, head) leave partial results, and whichever is last merges them.
 
-#define SECONDS (KEY_BASIS ? COLUMNS : 0)
+// What scores gain by the mean that keys are relative to, padding of the record's last tile included.
+#define GAINS (KEY_BASIS ? (1 + MEAN_ROWS) * COLUMNS : 0)
 
 static_assert(SHARED_BYTES == WARPS * STAGES * SLOT_BYTES + WARPS * MERGE_ROWS * (D + 2) * 4 + COLUMNS * (2 * D + 8) +
-                                  SECONDS * 4 + WARPS * STAGES * 8 + 16,
+                                  GAINS * 4 + WARPS * STAGES * 8 + 16,
               "the launcher reserves what the kernel uses");
 
 // Padded requests: their rows become 0.
@@ -27,8 +28,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
   u16 *queries = (u16 *)(parts.peaks + WARPS * MERGE_ROWS * 2);
   float *factors = (float *)(queries + COLUMNS * D);
   int *limits = (int *)(factors + COLUMNS);
-  float *seconds = (float *)(limits + COLUMNS);
-  u64 *barriers = (u64 *)(seconds + SECONDS);
+  float *gains = (float *)(limits + COLUMNS);
+  u64 *barriers = (u64 *)(gains + GAINS);
   int *last = (int *)(barriers + WARPS * STAGES);
   const Levels keys = {KEY_LEVELS}, values = {VALUE_LEVELS};
   const u32 signs = lane_signs(lane);
@@ -58,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
   u32 slot = 0, phase = 0;
   while (true) {
     const Segment s = next;
-    load_queries(p, s, queries, factors, limits, seconds, signs, warp, lane);
+    load_queries(p, s, queries, factors, limits, gains, signs, warp, lane);
     State state;
     begin_state(state, queries, factors, g, t);
     const int first_token = (s.request.first + s.begin) * 16;
@@ -68,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
     bounds.all_see_from = s.request.length - p.window;
     bounds.oldest = s.request.length - s.request.rows + 1 - p.window;
     bounds.limits = limits;
-    bounds.seconds = seconds;
+    bounds.gains = gains;
     const int steps = ring.steps;
     int token = first_token + warp * 32;
 #pragma unroll 1

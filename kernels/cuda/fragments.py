@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..basis import KeyBasis
+from ..format import UNIT_TOKENS
+from .variant import mean_rows
 
 
 def _kept(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -32,35 +34,49 @@ def _kept(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 @_kept
 def query_fragments(basis: KeyBasis) -> torch.Tensor:
-    """What turns queries: uint8 ``[Hk, 2 d^2 + 16 + 4 d]``, on the basis's device.
+    """What turns queries, and the means that they meet unturned: uint8 ``[Hk, 2 d^2 + 16 + 4 R d]``, on the basis's device.
 
-    A head's record: ``inverse^T / 2^e`` in fp16; ``2^e`` in fp32 and padding; `second_mean` in fp32. The matrix's rows are
-    shorter than 2^11, so that queries of components below 1 turn into numbers below 2^11 sqrt(d) <= 2^15, which fp16 holds
-    with all its bits down to 2^-14: no bound of the turned query itself is needed.
+    A head's record: ``inverse^T / 2^e`` in fp16; ``2^e`` and ``2^(f - e)`` in fp32 and padding; R = `mean_rows` rows of means,
+    ``/ 2^f`` in fp16, then what that rounds off, again in fp16: how far each bucket's mean is from the first's; in place of
+    its own, which is 0, the second mean's. The matrix's rows are shorter than 2^11, so that queries of components below 1 turn
+    into numbers below 2^11 sqrt(d) <= 2^15, which fp16 holds with all its bits down to 2^-14: no bound of the turned query
+    itself is needed.
     """
     matrix = basis.inverse.mT
+    heads, d, _ = matrix.shape
     power = torch.frexp(matrix.norm(dim=-1).amax(-1)).exponent - 11
-    d = matrix.shape[-1]
     rows = [16 * tile + 2 * (row & 7) + (row >> 3) for tile in range(d // 16) for row in range(16)]
-    return torch.cat([_records(matrix, power, rows, 1), second_mean(basis)], -1)
+    means = torch.zeros(heads, mean_rows(basis.buckets), d, device=matrix.device)
+    means[:, : basis.buckets] = torch.cat([basis.sink_mean[:, None], basis.means[:, 1:]], 1) - basis.means[:, :1]
+    mean_power = torch.frexp(means.abs().amax((-2, -1))).exponent - 15
+    pieces = [_tiles(matrix, power, rows, 1), _factors(power, mean_power - power)]
+    return torch.cat([*pieces, _tiles(means, mean_power, list(range(means.shape[1])), 2)], -1)
 
 
 @_kept
 def key_fragments(basis: KeyBasis, parts: int) -> torch.Tensor:
-    """What turns decoded keys back: uint8 ``[Hk, 2 parts d^2 + 16 + 8 d]``, on the basis's device.
+    """What turns decoded keys back: uint8 ``[Hk, 2 parts d^2 + 16 + 4 (1 + B) d]``, on the basis's device.
 
     A head's record: ``inverse / 2^e`` in fp16; with 2 parts what that rounds off, again in fp16; ``2^e`` in fp32 and padding;
-    the mean and `second_mean` in fp32. Entries are below 2^15.
+    then in fp32 how far the second mean is from the first bucket's, and the buckets' means. Entries are below 2^15.
     """
     power = torch.frexp(basis.inverse.abs().amax((-2, -1))).exponent - 15
     d = basis.inverse.shape[-1]
     rows = [64 * (tile >> 2) + 8 * (row & 7) + 2 * (tile & 3) + (row >> 3) for tile in range(d // 16) for row in range(16)]
-    return torch.cat([_records(basis.inverse, power, rows, parts), basis.mean.view(torch.uint8), second_mean(basis)], -1)
+    means = torch.cat([(basis.sink_mean - basis.means[:, 0])[:, None], basis.means], 1)
+    pieces = [_tiles(basis.inverse, power, rows, parts), _factors(power, power)]
+    return torch.cat([*pieces, means.flatten(1).view(torch.uint8)], -1)
 
 
-def second_mean(basis: KeyBasis) -> torch.Tensor:
-    """How far the second mean is from the first, fp32 ``[Hk, d]`` in the model's own basis, as bytes."""
-    return (basis.sink_mean - basis.mean).view(torch.uint8)
+def _factors(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Powers of two ``2 ** first`` and ``2 ** second`` in fp32, and padding: uint8 ``[Hk, 16]``."""
+    powers = torch.stack([first, second, first, first], -1)
+    return torch.ldexp(torch.ones_like(powers, dtype=torch.float32), powers).view(torch.uint8)
+
+
+def bucket_arguments(basis: KeyBasis | None) -> tuple[int, int]:
+    """What the kernels are told of a basis's buckets: 2^31 over the units of 16 tokens in one, rounded up; how many there are."""
+    return (0, 1) if basis is None else (-(-(2**31) // (basis.bucket // UNIT_TOKENS)), basis.buckets)
 
 
 def slot_dims(d: int) -> list[int]:
@@ -76,17 +92,15 @@ def slot_dims(d: int) -> list[int]:
     return dims
 
 
-def _records(matrix: torch.Tensor, power: torch.Tensor, rows: list[int], parts: int) -> torch.Tensor:
-    """Records of fp32 matrices ``[Hk, d, d]`` over ``2 ** power``, up to the padding: ``[Hk, 2 parts d^2 + 16]``."""
-    heads, d, _ = matrix.shape
+def _tiles(matrix: torch.Tensor, power: torch.Tensor, rows: list[int], parts: int) -> torch.Tensor:
+    """Tiles of fp32 matrices ``[Hk, n, d]`` over ``2 ** power``: uint8 ``[Hk, 2 parts n d]``."""
+    heads, n, d = matrix.shape
     rest = torch.ldexp(matrix, -power[:, None, None])[:, rows][..., slot_dims(d)]
     pieces = []
     for _ in range(parts):
         part = rest.to(torch.float16)
         rest = rest - part.to(torch.float32)
         # [head, tile, row's half, g, step, slot's half, t, pair]
-        whole = part.view(heads, d // 16, 2, 8, d // 16, 2, 4, 2).permute(0, 1, 4, 3, 6, 5, 2, 7).contiguous()
+        whole = part.view(heads, n // 16, 2, 8, d // 16, 2, 4, 2).permute(0, 1, 4, 3, 6, 5, 2, 7).contiguous()
         pieces.append(whole.view(heads, -1).view(torch.uint8))
-    factor = torch.zeros(heads, 4, dtype=torch.float32, device=matrix.device)
-    factor[:, 0] = torch.ldexp(torch.ones_like(power, dtype=torch.float32), power)
-    return torch.cat([*pieces, factor.view(torch.uint8)], -1)
+    return torch.cat(pieces, -1)

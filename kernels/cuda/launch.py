@@ -16,9 +16,9 @@ from ..basis import KeyBasis
 from ..format import PageFormat
 from ..tables import check_pages
 from .driver import Device, Kernel, built, device_facts, device_index
-from .fragments import query_fragments
+from .fragments import bucket_arguments, query_fragments
 from .nvrtc import CudaError
-from .variant import Options, Tuning, Variant, padded_rows, supported
+from .variant import Options, Tuning, Variant, padded_buckets, padded_rows, supported
 
 _BULK_ARCH = 90
 _RESERVED_SHARED = 1024  # bytes of each block that are the system's
@@ -40,6 +40,8 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("requests", "kv_heads", "group", "max_query_len", "window")),
         *((name, ctypes.c_float) for name in ("score_scale", "out_scale", "soft_cap")),
         ("basis", ctypes.c_void_p),
+        ("bucket", ctypes.c_uint32),
+        ("buckets", ctypes.c_int),
     )
 
 
@@ -100,7 +102,7 @@ def prepare(
     if sinks not in (None, torch.float32, dtype) or device.type != "cuda":
         return False
     index = device_index(device)
-    options = _options(fmt, block_size, dtype, group, max_query_len, window, soft_cap, sinks, basis is not None)
+    options = _options(fmt, block_size, dtype, group, max_query_len, window, soft_cap, sinks, basis)
     if not built("decode", lambda: _kernel(index, options)):
         return False
     _counters(index)
@@ -118,10 +120,11 @@ def _options(
     window: int | None,
     soft_cap: float | None,
     sinks: torch.dtype | None,
-    basis: bool,
+    basis: KeyBasis | None,
 ) -> Options:
     sink_bits, bf16 = 0 if sinks is None else 8 * sinks.itemsize, dtype == torch.bfloat16
-    return Options(fmt, block_size, bf16, group, max_query_len, bool(window), bool(soft_cap), sink_bits, basis)
+    buckets = 0 if basis is None else padded_buckets(basis.buckets)
+    return Options(fmt, block_size, bf16, group, max_query_len, bool(window), bool(soft_cap), sink_bits, buckets)
 
 
 def _arguments(
@@ -157,7 +160,7 @@ def _arguments(
     fragments = None
     if basis is not None:
         fragments = query_fragments(basis)
-        assert basis.mean.shape == (kv_heads, d) and fragments.device == cache.device
+        assert basis.sink_mean.shape == (kv_heads, d) and fragments.device == cache.device
     params = _Params(
         query.data_ptr(),
         out.data_ptr(),
@@ -184,9 +187,10 @@ def _arguments(
         rotation,
         (soft_cap or 0.0) * math.log2(math.e),
         0 if fragments is None else fragments.data_ptr(),
+        *bucket_arguments(basis),
     )
     sink = None if sinks is None else sinks.dtype
-    return _options(fmt, block_size, query.dtype, group, max_query_len, window, soft_cap, sink, basis is not None), params
+    return _options(fmt, block_size, query.dtype, group, max_query_len, window, soft_cap, sink, basis), params
 
 
 def decode(

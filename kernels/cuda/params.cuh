@@ -17,6 +17,8 @@ struct Params {
   float soft_cap;     // * log2(e)
 #if KEY_BASIS
   const u8 *basis;  // [KV heads][BASIS_BYTES], of `vllm_turboquant.kernels.cuda.fragments.query_fragments`
+  u32 bucket;  // of `bucket_of`
+  int buckets;
 #endif
 };
 

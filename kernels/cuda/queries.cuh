@@ -3,7 +3,8 @@
 #define MATRIX_TILES (D / 16)
 #define ROW_MMAS (D == 64 ? 4 : 8)  // whose operands are loaded at once
 #define ROWS_AHEAD (D < 256)        // heads of 256 dims have no registers left, and most of a warp's rows come later anyway
-#define BASIS_BYTES (2 * D * D + 16 + 4 * D)
+#define MEAN_TILES (MEAN_ROWS / 16)
+#define BASIS_BYTES (2 * D * D + 16 + 4 * MEAN_ROWS * D)
 
 #if KEY_BASIS
 // Some of the lane's operands of 16 rows of a matrix, from MMA `first` on: the warp's 512 consecutive bytes an MMA.
@@ -13,9 +14,47 @@ DEVICE void load_rows(const u8 *matrix, int tile, int first, int lane, u32 (*row
     load_page_128(matrix + (tile * MATRIX_TILES + first + i) * 512 + lane * 16, rows[i]);
 }
 
+// What log2 scores gain where keys are relative to a mean, for 16 rows of the head's record and all columns: to `gains`, whose
+// first row is that of the second mean and the others the buckets'. The first bucket's is 0; the record has the second mean in
+// its place. `scale` undoes what the record divides rows by, and what the factors undo of
+// its division of the matrix.
+DEVICE void meet_means(const u8 *means, int tile, const u32 (*operands)[D / 8], const float *factors, float scale, float *gains,
+                       int lane) {
+  const int g = lane >> 2, t = lane & 3;
+  float y[TILES][4];
+#pragma unroll
+  for (int n = 0; n < TILES; n++) y[n][0] = y[n][1] = y[n][2] = y[n][3] = 0;
+#pragma unroll 1
+  for (int part = 0; part < 2; part++)
+#pragma unroll
+    for (int first = 0; first < MATRIX_TILES; first += 4) {
+      u32 rows[4][4];
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        load_page_128(means + ((part * MEAN_TILES + tile) * MATRIX_TILES + first + i) * 512 + lane * 16, rows[i]);
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+          const u32 *q = operands[n] + 2 * (first + i);
+          mma_f16(y[n], rows[i][0], rows[i][1], rows[i][2], rows[i][3], q[0], q[1]);
+        }
+    }
+#pragma unroll
+  for (int n = 0; n < TILES; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int row = tile * 16 + g + 8 * (e / 2), column = n * 8 + 2 * t + e % 2;
+      const float gain = fminf(fmaxf(y[n][e] * (factors[column] * scale), -1e30f), 1e30f);
+      gains[(row ? row + 1 : 0) * COLUMNS + column] = gain;
+      if (row == 0) gains[COLUMNS + column] = 0;
+    }
+}
+
 // Queries in shared memory become matrix times query; a warp computes 16 dims of all columns at a time. `rows`: its first, if
-// ROWS_AHEAD.
-DEVICE void turn_queries(const u8 *matrix, u32 (*rows)[4], u16 *queries, int warp, int lane) {
+// ROWS_AHEAD. Also the gains of the second mean and of buckets `oldest` to `newest`.
+DEVICE void turn_queries(const u8 *matrix, u32 (*rows)[4], u16 *queries, const float *factors, float *gains, int oldest,
+                         int newest, int warp, int lane) {
   const int g = lane >> 2, t = lane & 3;
   u32 operands[TILES][D / 8];
 #pragma unroll
@@ -43,28 +82,17 @@ DEVICE void turn_queries(const u8 *matrix, u32 (*rows)[4], u16 *queries, int war
       for (int e = 0; e < 2; e++)  // rows g and g + 8: dims 2g and 2g + 1
         *(u32 *)(queries + (n * 8 + 2 * t + e) * D + tile * 16 + 2 * g) = pack_f16(y[n][e], y[n][e + 2]);
   }
-}
-#endif
-
-#if KEY_BASIS
-// What a row's log2 scores gain where a key is relative to the second mean. `query`: the lane's dims as `scale_query` left
-// them, which `factor` brings back, bounds and all.
-DEVICE float meet_second_mean(const u16 *query, const u8 *mean, float factor, int lane) {
-  float dot = 0;
-#pragma unroll
-  for (int i = 0; i < LANE_DIMS; i += 2) {
-    u32 words[2], pair = *(const u32 *)(query + lane * LANE_DIMS + i);
-    load_page_64(mean + (lane * LANE_DIMS + i) * 4, words);
-    dot += f16_low(pair) * bits_to_float(words[0]) + f16_high(pair) * bits_to_float(words[1]);
-  }
-#pragma unroll
-  for (int step = 1; step < 32; step <<= 1) dot += shuffle_xor(dot, step);
-  return fminf(fmaxf(dot * factor, -1e30f), 1e30f);
+  const float scale = *(const float *)(matrix + 2 * D * D + 4);
+  // The warps after those with the last rows of the matrix.
+#pragma unroll 1
+  for (int tile = (warp + WARPS * MATRIX_TILES - MATRIX_TILES) % WARPS; tile < MEAN_TILES; tile += WARPS)
+    if (tile == 0 || (tile * 16 <= newest && tile * 16 + 16 > oldest))
+      meet_means(matrix + 2 * D * D + 16, tile, operands, factors, scale, gains, lane);
 }
 #endif
 
 // The columns' queries, their factors and causal limits, to shared memory.
-DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float *factors, int *limits, float *seconds, u32 signs,
+DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float *factors, int *limits, float *gains, u32 signs,
                          int warp, int lane) {
   float score_scale = p.score_scale;
 #if KEY_BASIS
@@ -73,36 +101,29 @@ DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float 
   u32 rows[ROW_MMAS][4];
   // They fly while queries are loaded. On a condition of the warp's, registers of `rows` would stay taken all the time.
   if (ROWS_AHEAD) load_rows(matrix, warp % MATRIX_TILES, 0, lane, rows);
-  const float power = *(const float *)(matrix + 2 * D * D);
-  score_scale *= power;
+  score_scale *= *(const float *)(matrix + 2 * D * D);
 #endif
   for (int column = warp; column < COLUMNS; column += WARPS) {
     Row row = row_of(p, s.request, s.head, column);
     u16 *target = queries + column * D;
     float factor = 0;
-#if KEY_BASIS
-    float second = 0;
-#endif
     if (row.live) {
       factor = scale_query(p.query + row.token * p.query_token + row.head * p.query_head, target, signs, score_scale, lane);
-#if KEY_BASIS
-      second = meet_second_mean(target, matrix + 2 * D * D + 16, factor / power, lane);
-#endif
     } else {
 #pragma unroll
       for (int i = 0; i < LANE_DIMS; i += 2) *(u32 *)(target + lane * LANE_DIMS + i) = 0;
     }
     if (lane == 0) {
       factors[column] = factor;
-#if KEY_BASIS
-      seconds[column] = second;
-#endif
       limits[column] = row.live ? s.request.length - s.request.rows + (row.token - s.request.start) + 1 : 0;
     }
   }
   sync_block();
 #if KEY_BASIS
-  turn_queries(matrix, rows, queries, warp, lane);
+  const int unit = s.request.first + s.begin;
+  const int oldest = BUCKETED ? bucket_of(unit, p.bucket, p.buckets) : 0;
+  const int newest = BUCKETED ? bucket_of(unit + s.count - 1, p.bucket, p.buckets) : 0;
+  turn_queries(matrix, rows, queries, factors, gains, oldest, newest, warp, lane);
   sync_block();
 #endif
 }

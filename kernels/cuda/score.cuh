@@ -30,7 +30,7 @@ struct Bounds {
   int all_see_from;    // ... and from this one on
   int oldest;          // no query sees tokens before this one
   const int *limits;   // [COLUMNS], first token that a column does not see
-  const float *seconds;  // [COLUMNS], of scores of keys relative to the second mean, under a key basis
+  const float *gains;  // [1 + buckets][COLUMNS], of scores of keys relative to the second mean, then by bucket
 };
 
 // Operands of MMA tile `n`: two words a step, in the order in which a lane holds a row of keys.
@@ -69,9 +69,15 @@ DEVICE float cap_score(float score, float cap) {
 }
 
 // Log2 scores of a unit's 16 tokens: [tile][e], token g + 8 * (e / 2), column 2t + e % 2. Also the value scales.
-// `key_scales`: of the lane's two tokens, in fp16.
-DEVICE void score_unit(const State &a, const Levels &table, u32 unit, int g, int t, float (*score)[4], float (*value_scale)[2],
-                       u32 &key_scales) {
+// `gains`: [COLUMNS], of the unit's bucket. `key_scales`: of the lane's two tokens, in fp16.
+DEVICE void score_unit(const State &a, const Levels &table, u32 unit, const float *gains, int g, int t, float (*score)[4],
+                       float (*value_scale)[2], u32 &key_scales) {
+#if BUCKETED
+#pragma unroll
+  for (int n = 0; n < TILES; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) score[n][e] = gains[n * 8 + 2 * t + e % 2];
+#endif
 #pragma unroll
   for (int panel = 0; panel < PANELS; panel++) {
     KeyRow upper, lower;
@@ -103,13 +109,13 @@ DEVICE void score_unit(const State &a, const Levels &table, u32 unit, int g, int
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         float part = dot[n][e] * (key_scale[e / 2] * a.factor[n][e % 2]);
-        score[n][e] = panel ? score[n][e] + part : part;
+        score[n][e] = panel || BUCKETED ? score[n][e] + part : part;
       }
   }
 }
 
 #if KEY_BASIS
-// Negative scales: the key is relative to the second mean.
+// Negative scales: the key is relative to the second mean, in the first bucket, whose own gain is 0.
 DEVICE void meet_second_means(const Bounds &b, const u32 *key_scales, int t, float (*score)[TILES][4]) {
 #pragma unroll
   for (int u = 0; u < 2; u++)
@@ -117,7 +123,7 @@ DEVICE void meet_second_means(const Bounds &b, const u32 *key_scales, int t, flo
     for (int n = 0; n < TILES; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++)
-        if (key_scales[u] >> (e / 2 ? 31 : 15) & 1) score[u][n][e] = b.seconds[n * 8 + 2 * t + e % 2] - score[u][n][e];
+        if (key_scales[u] >> (e / 2 ? 31 : 15) & 1) score[u][n][e] = b.gains[n * 8 + 2 * t + e % 2] - score[u][n][e];
 }
 #endif
 

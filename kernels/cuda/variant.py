@@ -54,6 +54,15 @@ def padded_rows(group: int, max_query_len: int) -> int:
     return min(16, 1 << (group * max_query_len - 1).bit_length())
 
 
+def mean_rows(buckets: int) -> int:
+    """Rows that hold a `KeyBasis`'s means, one a bucket: whole MMA tiles of 16. It is compiled for as many buckets, or for 1."""
+    return 16 * -(-buckets // 16)
+
+
+def padded_buckets(buckets: int) -> int:
+    return 1 if buckets == 1 else mean_rows(buckets)
+
+
 def supported_pages(fmt: PageFormat, block_size: int) -> bool:
     """Whether the CUDA kernels read pages of this format and of ``block_size`` tokens."""
     key, value = fmt.preset.key, fmt.preset.value
@@ -74,7 +83,7 @@ def supported(fmt: PageFormat, block_size: int, group: int, max_query_len: int) 
 @dataclass(frozen=True)
 class Options:
     """What of a decode is compiled in. ``bf16``: of query and output, fp16 otherwise; ``sink_bits``: of a sink, 0 without;
-    ``basis``: keys are stored under a `KeyBasis`.
+    ``basis``: buckets of the `KeyBasis` under which keys are stored, a number of `padded_buckets`, 0 without.
     """
 
     fmt: PageFormat
@@ -85,7 +94,7 @@ class Options:
     window: bool = False
     soft_cap: bool = False
     sink_bits: int = 0
-    basis: bool = False
+    basis: int = 0
 
     @property
     def rows(self) -> int:
@@ -119,8 +128,8 @@ class Variant:
         ring = t.warps * t.stages * 2 * fmt.unit_bytes
         parts = t.warps * min(self.mma_rows, 8) * (d + 2) * 4
         columns = 16 if self.mma_rows > 8 else 8
-        seconds = 4 * columns if self.options.basis else 0
-        return ring + parts + columns * (2 * d + 8) + seconds + t.warps * t.stages * 8 + 16
+        gains = 4 * columns * (1 + mean_rows(self.options.basis)) if self.options.basis else 0
+        return ring + parts + columns * (2 * d + 8) + gains + t.warps * t.stages * 8 + 16
 
     def macros(self) -> dict[str, str]:
         """Every ``-D`` of the sources."""
@@ -137,7 +146,9 @@ class Variant:
             "WINDOW": int(o.window),
             "SOFT_CAP": int(o.soft_cap),
             "SINK_BITS": o.sink_bits,
-            "KEY_BASIS": int(o.basis),
+            "KEY_BASIS": int(o.basis > 0),
+            "BUCKETED": int(o.basis > 1),
+            "MEAN_ROWS": mean_rows(o.basis),
             "SHARED_BYTES": self.shared_bytes,
             "VALUE_LEVELS": level_table(o.fmt.preset.value.bits, bfloat if o.bf16 else half),
         }
@@ -168,13 +179,13 @@ class ContextVariant:
     @property
     def matrix_parts(self) -> int:
         """fp16 parts of a basis's matrix: one errs as 11 bits of a key do, far below a bf16 output's rounding."""
-        return (1 if self.bf16 else 2) if self.basis else 0
+        return 1 if self.bf16 else 2
 
     def macros(self) -> dict[str, str]:
         """Every ``-D`` of the sources."""
         values: dict[str, int | str] = {
             "WARPS": self.warps,
-            "MIN_CTAS": (4 if self.fmt.head_size == 256 else 5) - self.matrix_parts,  # what their registers allow
+            "MIN_CTAS": (4 if self.fmt.head_size == 256 else 5) - self.basis,  # what their registers allow
             "OUTPUT_BF16": int(self.bf16),
             "KEY_BASIS": int(self.basis),
             "MATRIX_PARTS": self.matrix_parts,

@@ -198,8 +198,8 @@ def test_calibration_shows_and_a_bad_mean_shows(model, ids):
         for s in model.statistics(other)
     ]
     bad = [
-        dataclasses.replace(b, **{name: getattr(b, name) + 10 * s.clamp(min=0).sqrt().float() for name in ("mean", "sink_mean")})
-        for b, s in zip(bases, spreads, strict=True)
+        dataclasses.replace(b, means=b.means + far[:, None], sink_mean=b.sink_mean + far)
+        for b, far in zip(bases, (10 * s.clamp(min=0).sqrt().float() for s in spreads), strict=True)
     ]
     case = Case("turboquant", calibrated=True)
     (good,), (none,), (off,) = (

@@ -41,7 +41,9 @@ def cached(cache, blocks, first, length, fmt, basis=None):
     """Keys and values ``first .. length - 1`` of a request, float64, in the model's basis; reads no other block."""
     size = cache.shape[2]
     skip = first % size
-    loaded = reference.load_vectors(cache, blocks[first // size : -(-length // size)].long(), fmt, basis)
+    wanted = range(first // size, -(-length // size))
+    starts = torch.tensor([size * block for block in wanted], device=cache.device)
+    loaded = reference.load_vectors(cache, blocks[wanted.start : wanted.stop].long(), fmt, basis, starts)
     return [x[skip : skip + length - first] for x in loaded]
 
 

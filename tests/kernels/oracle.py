@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_turboquant.kernels.basis import KeyBasis, balanced_transform, key_basis
+from vllm_turboquant.kernels.basis import KeyBasis, balanced_transform, key_basis, of_bucket
 from vllm_turboquant.kernels.format import PageFormat
 from vllm_turboquant.kernels.reference import load
 from vllm_turboquant.kernels.rotation import rotation
@@ -79,12 +79,22 @@ def spread(rng: torch.Generator, *shape: int) -> torch.Tensor:
     return vectors @ (values[..., None] * vectors.mT)
 
 
-def random_basis(rng: torch.Generator, heads: int, d: int, mean: float = 30.0) -> KeyBasis:
-    """A basis fitted to random keys and queries, with a mean of that size. The second one is 4 a dim away: logits of first
-    tokens differ from others by as much, beyond which rounding of queries would be all that a comparison sees."""
+def random_basis(rng: torch.Generator, heads: int, d: int, mean: float = 30.0, buckets: int = 1, bucket: int = 32) -> KeyBasis:
+    """A basis fitted to random keys and queries, with means of that size. Those of buckets and that of first tokens are a few a
+    dim apart: logits differ by as much, beyond which rounding of queries would be all that a comparison sees.
+    """
     transform = balanced_transform(spread(rng, heads, d), spread(rng, heads, d))
-    first = torch.randn(heads, d, generator=rng) * mean
-    return key_basis(transform, first, first + torch.randn(heads, d, generator=rng) * 4)
+    first = torch.randn(heads, 1, d, generator=rng) * mean
+    means = torch.cat([first, first + 2 * torch.randn(heads, buckets - 1, d, generator=rng)], 1)
+    return key_basis(transform, means, first[:, 0] + 4 * torch.randn(heads, d, generator=rng), bucket=bucket)
+
+
+def around_means(noise: torch.Tensor, basis: KeyBasis, sinks: int = 1) -> torch.Tensor:
+    """Keys of one sequence ``[T, Hk, d]`` around the means of their positions, the first ``sinks`` around the sinks' mean."""
+    position = torch.arange(len(noise), device=noise.device)
+    means = of_bucket(basis.means, basis.bucket_of(position, len(noise)), noise).expand_as(noise).clone()
+    means[:sinks] = basis.sink_mean.to(noise)
+    return noise + means
 
 
 def make_batch(
@@ -101,7 +111,7 @@ def make_batch(
 ) -> Batch:
     """Random requests, stored through random block tables into a pool whose every other byte is ``poison``.
 
-    basis: keys lie around its mean, those of first tokens around the other, and are stored under it.
+    basis: keys lie around the means of their positions, those of first tokens around the sinks', and are stored under it.
 
     The pool is a padded view with a storage offset, so that recomputed strides show.
     """
@@ -126,10 +136,9 @@ def make_batch(
         position = torch.arange(length)
         slots = table[request, position // block_size].to(torch.int64) * block_size + position % block_size
         if basis is not None:
-            k += basis.mean.cpu()
-            k[:1] += (basis.sink_mean - basis.mean).cpu()
+            k = around_means(k, basis)
         k, v = k.to(device), v.to(device)
-        store(k, v, cache, slots.to(device), fmt, basis)
+        store(k, v, cache, slots.to(device), fmt, basis, position.to(device))
         keys.append(k)
         values.append(v)
     starts = torch.tensor([0, *torch.tensor(query_lengths).cumsum(0).tolist()], dtype=torch.int32)

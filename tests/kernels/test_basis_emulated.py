@@ -11,7 +11,7 @@ from vllm_turboquant.kernels.format import page_format
 
 from ..gpu.shadow import attend
 from . import emulated
-from .oracle import make_batch, random_basis, spread
+from .oracle import around_means, make_batch, random_basis, spread
 from .test_basis import HEADS
 from .test_context_emulated import PAD, workspaces
 from .test_context_emulated import check as check_context
@@ -30,15 +30,16 @@ SLACK = 2
 
 
 def centred(basis, sink_mean=None):
-    zero = torch.zeros_like(basis.mean)
-    return KeyBasis(basis.forward, basis.inverse, zero, zero if sink_mean is None else sink_mean)
+    zero = torch.zeros_like(basis.means)
+    return KeyBasis(basis.forward, basis.inverse, zero, zero[:, 0].contiguous() if sink_mean is None else sink_mean, basis.bucket)
 
 
 @pytest.mark.parametrize("dtype", (BF16, FP16))
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("preset", COVERED)
 def test_decode_in_every_format(preset, head_size, dtype, rng, seed):
-    basis = random_basis(rng, HEADS, head_size)
+    """Of one bucket, and of more than an MMA tile has rows."""
+    basis = random_basis(rng, HEADS, head_size, buckets=1 if dtype == FP16 else 18, bucket=16)
     batch = make_batch(page_format(preset, head_size), LENGTHS, [1] * 7, HEADS, 4, 32, seed, basis=basis)
     check(batch, dtype, head_size**-0.5, 1, slack=SLACK, basis=basis)
 
@@ -47,7 +48,7 @@ def test_decode_in_every_format(preset, head_size, dtype, rng, seed):
 @pytest.mark.parametrize(("group", "query_lens"), ((1, 1), (6, 1), (16, 1), (4, 3)))
 def test_decode_of_every_shape(group, query_lens, head_size, rng, seed):
     """More rows than one MMA tile, and than one CTA, holds."""
-    basis = random_basis(rng, HEADS, head_size)
+    basis = random_basis(rng, HEADS, head_size, buckets=3, bucket=48)
     queries = [1 + i % query_lens for i in range(7)]
     fmt, lengths = page_format("turboquant", head_size), [max(n, 8) for n in LENGTHS]
     batch = make_batch(fmt, lengths, queries, HEADS, group, 16, seed, basis=basis)
@@ -59,9 +60,9 @@ def test_decode_of_every_shape(group, query_lens, head_size, rng, seed):
 def test_decode_with_window_soft_cap_and_sinks(options, query_len, rng, seed):
     """Soft cap and sinks see a constant that is added to all logits: only bases without a mean go with them, but for that of
     first tokens, which is no such constant."""
-    basis = random_basis(rng, HEADS, 128)
+    basis = random_basis(rng, HEADS, 128, buckets=8)
     if "window" not in options:
-        basis = centred(basis, basis.sink_mean)
+        basis = centred(random_basis(rng, HEADS, 128), basis.sink_mean)
     if "sinks" in options:
         options = {"sinks": torch.randn(4 * HEADS, generator=rng).to(options["sinks"])}
     batch = make_batch(page_format("turboquant", 128), [20, 33, 300], [query_len] * 3, HEADS, 4, 16, seed, basis=basis)
@@ -71,8 +72,8 @@ def test_decode_with_window_soft_cap_and_sinks(options, query_len, rng, seed):
 @pytest.mark.parametrize("tuning", (Tuning(8, 2, 2, True), Tuning(4, 2, 3, False), Tuning(2, 1, 1, False)))
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_decode_with_any_tuning(tuning, head_size, rng, seed):
-    """Warps that have no tile of the matrix, and several."""
-    basis = random_basis(rng, HEADS, head_size)
+    """Warps that have no tile of the matrix, and several; segments of some buckets."""
+    basis = random_basis(rng, HEADS, head_size, buckets=40, bucket=16)
     batch = make_batch(page_format("turboquant", head_size), [100, 700, 1, 0, 40], [1] * 5, HEADS, 4, 16, seed, basis=basis)
     check(batch, BF16, 0.1, 1, slack=SLACK, grid=3, tuning=tuning, basis=basis)
 
@@ -84,7 +85,7 @@ def fitted(rng, batch, basis):
         at = torch.arange(len(values))
         slots = batch.block_table[r, at // size].long() * size + at % size
         keys = torch.einsum("hij,thj->thi", basis.inverse.double(), torch.randn(values.shape, generator=rng).double())
-        reference.store(keys + basis.mean, values, batch.cache, slots, batch.fmt, basis)
+        reference.store(around_means(keys, basis, sinks=0), values, batch.cache, slots, batch.fmt, basis, at)
     batch.query = torch.einsum("hij,thgi->thgj", basis.forward.double(), images).flatten(1, 2)
 
 
@@ -119,8 +120,8 @@ def test_decode_errs_at_most_twice_as_plain_torch(kind, head_size, dtype, rng, s
 def test_queries_and_bases_of_any_size(basis_size, size, rng, seed):
     """Keys as large as the basis says they are, so that codes stay what they were."""
     plain = random_basis(rng, HEADS, 128)
-    sink_mean = (plain.sink_mean - plain.mean) * basis_size
-    basis = KeyBasis(plain.forward / basis_size, plain.inverse * basis_size, torch.zeros_like(plain.mean), sink_mean)
+    sink_mean = (plain.sink_mean - plain.means[:, 0]) * basis_size
+    basis = KeyBasis(plain.forward / basis_size, plain.inverse * basis_size, torch.zeros_like(plain.means), sink_mean)
     batch = make_batch(page_format("turboquant", 128), [50, 200], [1, 1], HEADS, 4, 16, seed, basis=plain)
     batch.query *= size
     if size * basis_size > 1e3:
@@ -151,7 +152,7 @@ def test_a_query_that_is_not_finite_spoils_no_other(rng, seed):
 @pytest.mark.parametrize("preset", COVERED)
 def test_context_in_every_format(preset, head_size, dtype, rng, seed):
     """Ranges that begin and end anywhere in units and pages; an empty one; a longest that is only a bound."""
-    basis = random_basis(rng, HEADS, head_size)
+    basis = random_basis(rng, HEADS, head_size, buckets=1 if preset == COVERED[0] else 3)
     batch = make_batch(page_format(preset, head_size), [90] * 6, [1] * 6, HEADS, 1, 32, seed, basis=basis)
     check_context(batch, [0, 17, 9, 31, 15, 48], [90, 1, 0, 50, 2, 33], dtype, longest=100, basis=basis)
 
@@ -175,7 +176,7 @@ def test_context_errs_little_more_than_its_output_type(dtype, rng, seed):
 @pytest.mark.parametrize("basis_size", (2.0**-20, 2.0**20))
 def test_context_under_bases_of_any_size(basis_size, rng, seed):
     plain = centred(random_basis(rng, HEADS, 128))
-    basis = KeyBasis(plain.forward / basis_size, plain.inverse * basis_size, plain.mean, plain.sink_mean)
+    basis = KeyBasis(plain.forward / basis_size, plain.inverse * basis_size, plain.means, plain.sink_mean)
     batch = make_batch(page_format("turboquant", 128), [40], [1], HEADS, 1, 16, seed, basis=plain)
     check_context(batch, [3], [37], BF16, basis=basis)
 
@@ -200,7 +201,7 @@ def test_a_broken_scale_reaches_one_key(head_size, rng, seed):
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_fragments_are_the_basis_and_made_once(head_size, rng):
     """Both parts hold the inverse to 22 bits of each row's size; a basis keeps its tensors, whose address graphs hold."""
-    basis = random_basis(rng, HEADS, head_size)
+    basis = random_basis(rng, HEADS, head_size, buckets=3)
     records = fragments.key_fragments(basis, 2)
     assert fragments.key_fragments(basis, 2) is records and fragments.key_fragments(basis, 1) is not records
     assert fragments.query_fragments(basis) is fragments.query_fragments(basis)
@@ -212,8 +213,12 @@ def test_fragments_are_the_basis_and_made_once(head_size, rng):
     ours, truth = (((parts[0] + parts[1]) * power).sort().values, basis.inverse.flatten(1).double().sort().values)
     assert (ours - truth).abs().max() < 2**-22 * truth.abs().max()
     means = records[:, 2 * size + 16 :].contiguous().view(torch.float32).view(HEADS, -1, head_size)
-    assert torch.equal(means[:, 0], basis.mean)
-    assert means.shape[1] == 2 and torch.equal(means[:, 1], basis.sink_mean - basis.mean)
+    assert torch.equal(means[:, 1:], basis.means) and torch.equal(means[:, 0], basis.sink_mean - basis.means[:, 0])
     queries = fragments.query_fragments(basis)
-    assert torch.equal(queries[:, size : size + 4].contiguous().view(torch.float32).log2() % 1, 0 * power)
-    assert torch.equal(queries[:, size + 16 :].contiguous().view(torch.float32).view(HEADS, -1, head_size)[:, 0], means[:, 1])
+    powers = queries[:, size : size + 8].contiguous().view(torch.float32)
+    assert torch.equal(powers.log2() % 1, 0 * powers)
+    rows = queries[:, size + 16 :].contiguous().view(torch.float16).double().view(HEADS, 2, -1).sum(1).unflatten(1, (16, -1))
+    ours, truth = (rows * powers.prod(-1)[:, None, None].double()).flatten(1), torch.zeros(HEADS, 16, head_size)
+    truth[:, 0], truth[:, 1:3] = means[:, 0], basis.means[:, 1:] - basis.means[:, :1]
+    # Two fp16 parts of each entry; sorted again.
+    assert (ours.sort().values - truth.double().flatten(1).sort().values).abs().max() < 2**-20 * truth.abs().max()

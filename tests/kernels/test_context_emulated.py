@@ -47,7 +47,7 @@ def check(batch, firsts, counts, dtype, longest=None, basis=None):
     for r, (begin, count) in enumerate(zip(firsts, counts, strict=True)):
         pages = batch.block_table[r, : -(-(begin + count) // block_size)].long()
         rows = slice(int(starts[r]), int(starts[r]) + count)
-        keys, values = reference.load_vectors(batch.cache, pages, fmt, basis)
+        keys, values = reference.load_vectors(batch.cache, pages, fmt, basis, block_size * torch.arange(len(pages)))
         for mine, truth, slack in ((key, keys, matrix_rounding(batch, pages, dtype, basis)), (value, values, 0 * values)):
             if count:
                 expected = truth[begin : begin + count]

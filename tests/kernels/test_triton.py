@@ -26,7 +26,7 @@ from vllm_turboquant.kernels import reference
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 from vllm_turboquant.kernels.packing import write_tokens
 
-from .oracle import make_batch, random_basis
+from .oracle import around_means, make_batch, random_basis
 
 ALL = (*PRESETS, LOSSLESS_PRESET)
 # fp32 against float64: sums of at most a few hundred terms, after an fp32 rotation.
@@ -76,18 +76,19 @@ def test_store_of_hostile_values(value, seed):
 
 
 @pytest.mark.parametrize("preset", ("turboquant", "turboquant-k8v4", "turboquant-k4v4-qjl"))
-@pytest.mark.parametrize("head_size", (64, 96))
-def test_store_under_a_basis(preset, head_size, seed):
+@pytest.mark.parametrize(("head_size", "buckets"), ((64, 3), (96, 1)))
+def test_store_under_a_basis(preset, head_size, buckets, seed):
     fmt, g = page_format(preset, head_size), torch.Generator().manual_seed(seed)
-    basis = random_basis(g, 2, head_size)
-    key, value = (torch.randn(20, 2, head_size, generator=g) for _ in range(2))
-    key += basis.mean
-    key[:3] += basis.sink_mean - basis.mean
-    key, value = key.bfloat16(), value.bfloat16()
+    basis = random_basis(g, 2, head_size, buckets=buckets, bucket=16)
+    # Two blocks' tokens: of the first two buckets, and of the last, which goes on for ever.
+    starts = torch.tensor([10, 46])
+    positions = (starts[:, None] + torch.arange(16)).flatten()[:20]
+    key, value = (torch.randn(50, 2, head_size, generator=g) for _ in range(2))
+    key, value = around_means(key, basis, sinks=13)[positions].bfloat16(), value[positions].bfloat16()
     ours, truth = (torch.zeros(2, 2, 16, fmt.slot_bytes, dtype=torch.uint8) for _ in range(2))
-    store(key, value, ours, torch.arange(20), fmt, basis)
-    reference.store(key, value, truth, torch.arange(20), fmt, basis)
-    loaded = [reference.load(pages, torch.arange(2), fmt, basis) for pages in (ours, truth)]
+    store(key, value, ours, torch.arange(20), fmt, basis, positions)
+    reference.store(key, value, truth, torch.arange(20), fmt, basis, positions)
+    loaded = [reference.load(pages, torch.arange(2), fmt, basis, starts) for pages in (ours, truth)]
     for mine, theirs in zip(*loaded, strict=True):
         # Of 40 vectors, those with a tie that fp32 resolves otherwise: fp8 has 16 times more thresholds than 4 bits.
         assert int((mine != theirs).any(-1).sum()) <= (6 if "k8" in preset else 3)
@@ -113,9 +114,9 @@ def test_decode(preset, head_size, seed):
 
 
 @pytest.mark.parametrize("preset", ALL)
-@pytest.mark.parametrize("head_size", (64, 96))
-def test_decode_under_a_basis(preset, head_size, seed):
-    basis = random_basis(torch.Generator().manual_seed(seed), 2, head_size)
+@pytest.mark.parametrize(("head_size", "buckets"), ((64, 1), (96, 3)))
+def test_decode_under_a_basis(preset, head_size, buckets, seed):
+    basis = random_basis(torch.Generator().manual_seed(seed), 2, head_size, buckets=buckets, bucket=16)
     batch = make_batch(page_format(preset, head_size), [40, 3], [2, 1], 2, 3, 16, seed, basis=basis)
     torch.testing.assert_close(*run(batch, 2, 0.05, basis=basis), rtol=1e-3, atol=1e-4)  # logits of up to 50
 
@@ -128,13 +129,13 @@ def test_decode_with_window_soft_cap_and_sinks(options, seed):
     torch.testing.assert_close(*run(batch, 4, 0.3, **options), **FP32)
 
 
-@pytest.mark.parametrize("based", (False, True))
+@pytest.mark.parametrize("buckets", (0, 1, 3))
 @pytest.mark.parametrize("preset", ALL)
-def test_context_comes_back_in_the_models_basis(preset, based, seed):
+def test_context_comes_back_in_the_models_basis(preset, buckets, seed):
     fmt = page_format(preset, 96)
-    basis = random_basis(torch.Generator().manual_seed(seed), 2, 96, mean=3.0) if based else None
+    basis = random_basis(torch.Generator().manual_seed(seed), 2, 96, 3.0, buckets, bucket=16) if buckets else None
     batch = make_batch(fmt, [40], [1], 2, 1, 16, seed, basis=basis)
-    truth = reference.load_vectors(batch.cache, batch.block_table[0, :3].long(), fmt, basis)
+    truth = reference.load_vectors(batch.cache, batch.block_table[0, :3].long(), fmt, basis, 16 * torch.arange(3))
     ours = [torch.full((25, 2, 96), float("nan")) for _ in range(2)]
     # Three ranges: rows 1..20 get tokens from 13 on, the second range is empty, rows 21 and 22 get tokens 0 and 1.
     starts, first = torch.tensor([1, 21, 21, 23], dtype=torch.int32), torch.tensor([13, 5, 0], dtype=torch.int32)

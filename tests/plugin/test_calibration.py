@@ -44,7 +44,7 @@ IDENTITY = Identity(
 
 def random_basis(heads: int, d: int, generator: torch.Generator) -> KeyBasis:
     root = torch.randn(heads, d, d, generator=generator, dtype=torch.float64)
-    return key_basis(root @ root.mT + d * torch.eye(d), torch.randn(heads, d, generator=generator))
+    return key_basis(root @ root.mT + d * torch.eye(d), torch.randn(heads, 3, d, generator=generator), bucket=1024)
 
 
 @pytest.fixture
@@ -66,8 +66,9 @@ def test_file_gives_back_what_was_saved(written: Path, bases: list[dict[str, Key
         assert identity == IDENTITY and mismatch(identity, IDENTITY) is None
         assert loaded.keys() == LAYERS.keys()
         for name, basis in loaded.items():
-            for part in ("forward", "inverse", "mean"):
+            for part in ("forward", "inverse", "means", "sink_mean"):
                 assert torch.equal(getattr(basis, part), getattr(bases[rank][name], part))
+            assert basis.bucket == 1024
     assert [path.name for path in written.parent.iterdir()] == [written.name], "scratch files stay behind"
 
 
@@ -104,7 +105,7 @@ def test_other_files_are_told_apart(written: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationFileError, match="is not a calibration file"):
         load(other, 0)
     save_file(tensors, other, metadata={"turboquant-calibration": json.dumps(header | {"format": 99})})
-    with pytest.raises(CalibrationFileError, match="has format 99, allowed is 1"):
+    with pytest.raises(CalibrationFileError, match="has format 99, allowed is 2"):
         load(other, 0)
     with pytest.raises(CalibrationFileError, match="cannot be read"):
         load(tmp_path / "missing", 0)

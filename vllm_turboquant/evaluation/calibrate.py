@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels.basis import KeyBasis
-from ..kernels.statistics import shifts
+from ..kernels.statistics import bucket_shifts, bucket_tokens, shifts
 from ..texts import blocks
 from .model import EvaluatedModel
 
@@ -15,11 +15,15 @@ TOKENS, CONTEXT = 2048, 512  # as an engine's first start has it
 
 
 def calibrate(model: EvaluatedModel, served: int, texts: Sequence[torch.Tensor] | None = None) -> list[KeyBasis]:
-    """One a layer, of token sequences int64 ``[T]`` as if they stood at `shifts` of a context of ``served`` tokens.
+    """One a layer, of token sequences int64 ``[T]`` as if they stood at `shifts` of a context of ``served`` tokens, with means by
+    the buckets of that context.
 
     texts: by default those that an engine would be calibrated on.
     """
     if texts is None:
         texts = blocks(model.tokenizer, "calibration", TOKENS, CONTEXT)
     turns = model.turns(shifts(served))
-    return [statistics.spread(turns).basis() for statistics in model.statistics(texts)]
+    longest = max(len(text) for text in texts)
+    buckets = torch.stack([torch.stack(model.turns(inside)).mean(0) for inside in bucket_shifts(served, longest)])
+    spread = (statistics.spread(turns, buckets, bucket_tokens(served)) for statistics in model.statistics(texts))
+    return [statistics.basis() for statistics in spread]

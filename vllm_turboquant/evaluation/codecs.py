@@ -78,8 +78,9 @@ def _pages(name: str, key: torch.Tensor, value: torch.Tensor, basis: KeyBasis | 
     fmt = page_format(name, d)
     blocks = -(-tokens // UNIT_TOKENS)
     cache = torch.zeros(blocks, heads, UNIT_TOKENS, fmt.slot_bytes, dtype=torch.uint8, device=key.device)
-    reference.store(key, value, cache, torch.arange(tokens, device=key.device), fmt, basis)
-    loaded = reference.load_vectors(cache, torch.arange(blocks, device=key.device), fmt, basis)
+    positions, numbers = torch.arange(tokens, device=key.device), torch.arange(blocks, device=key.device)
+    reference.store(key, value, cache, positions, fmt, basis, positions)
+    loaded = reference.load_vectors(cache, numbers, fmt, basis, numbers * UNIT_TOKENS)
     return loaded[0][:tokens].to(key.dtype), loaded[1][:tokens].to(value.dtype)
 
 
