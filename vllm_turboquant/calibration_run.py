@@ -17,7 +17,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from .kernels.attention import attend_raw
 from .kernels.statistics import KeyStatistics, bucket_shifts, bucket_tokens, shifts
 from .rotary import is_rotary, turns
-from .texts import blocks
+from .texts import CALIBRATION_CONTEXT, CALIBRATION_TOKENS, blocks
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Recipe:
         return replace(self, sequence=min(self.sequence, most))
 
 
-RECIPE = Recipe(tokens=2048, sequence=512)
+RECIPE = Recipe(CALIBRATION_TOKENS, CALIBRATION_CONTEXT)
 
 
 class RawAttention:

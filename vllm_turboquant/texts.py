@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+# What a model is calibrated on: tokens, in sequences of so many.
+CALIBRATION_TOKENS, CALIBRATION_CONTEXT = 2048, 512
 HALVES = ("held-out", "calibration")
 
 

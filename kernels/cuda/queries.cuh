@@ -8,10 +8,21 @@
 
 #if KEY_BASIS
 // Some of the lane's operands of 16 rows of a matrix, from MMA `first` on: the warp's 512 consecutive bytes an MMA.
-DEVICE void load_rows(const u8 *matrix, int tile, int first, int lane, u32 (*rows)[4]) {
+template <int COUNT> DEVICE void load_rows(const u8 *matrix, int tile, int first, int lane, u32 (*rows)[4]) {
 #pragma unroll
-  for (int i = 0; i < ROW_MMAS; i++)
-    load_page_128(matrix + (tile * MATRIX_TILES + first + i) * 512 + lane * 16, rows[i]);
+  for (int i = 0; i < COUNT; i++) load_page_128(matrix + (tile * MATRIX_TILES + first + i) * 512 + lane * 16, rows[i]);
+}
+
+// Adds their products with the queries' operands.
+template <int COUNT>
+DEVICE void multiply_rows(const u32 (*rows)[4], const u32 (*operands)[D / 8], int first, float (*y)[4]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      const u32 *q = operands[n] + 2 * (first + i);
+      mma_f16(y[n], rows[i][0], rows[i][1], rows[i][2], rows[i][3], q[0], q[1]);
+    }
 }
 
 // What log2 scores gain where keys are relative to a mean, for 16 rows of the head's record and all columns: to `gains`, whose
@@ -29,16 +40,8 @@ DEVICE void meet_means(const u8 *means, int tile, const u32 (*operands)[D / 8], 
 #pragma unroll
     for (int first = 0; first < MATRIX_TILES; first += 4) {
       u32 rows[4][4];
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        load_page_128(means + ((part * MEAN_TILES + tile) * MATRIX_TILES + first + i) * 512 + lane * 16, rows[i]);
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int n = 0; n < TILES; n++) {
-          const u32 *q = operands[n] + 2 * (first + i);
-          mma_f16(y[n], rows[i][0], rows[i][1], rows[i][2], rows[i][3], q[0], q[1]);
-        }
+      load_rows<4>(means, part * MEAN_TILES + tile, first, lane, rows);
+      multiply_rows<4>(rows, operands, first, y);
     }
 #pragma unroll
   for (int n = 0; n < TILES; n++)
@@ -67,14 +70,8 @@ DEVICE void turn_queries(const u8 *matrix, u32 (*rows)[4], u16 *queries, const f
     for (int n = 0; n < TILES; n++) y[n][0] = y[n][1] = y[n][2] = y[n][3] = 0;
 #pragma unroll
     for (int first = 0; first < MATRIX_TILES; first += ROW_MMAS) {
-      if (!ROWS_AHEAD || first || tile != warp) load_rows(matrix, tile, first, lane, rows);
-#pragma unroll
-      for (int i = 0; i < ROW_MMAS; i++)
-#pragma unroll
-        for (int n = 0; n < TILES; n++) {
-          const u32 *q = operands[n] + 2 * (first + i);
-          mma_f16(y[n], rows[i][0], rows[i][1], rows[i][2], rows[i][3], q[0], q[1]);
-        }
+      if (!ROWS_AHEAD || first || tile != warp) load_rows<ROW_MMAS>(matrix, tile, first, lane, rows);
+      multiply_rows<ROW_MMAS>(rows, operands, first, y);
     }
 #pragma unroll
     for (int n = 0; n < TILES; n++)
@@ -100,7 +97,7 @@ DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float 
   const u8 *matrix = p.basis + (u64)(s.head / column_tiles) * BASIS_BYTES;
   u32 rows[ROW_MMAS][4];
   // They fly while queries are loaded. On a condition of the warp's, registers of `rows` would stay taken all the time.
-  if (ROWS_AHEAD) load_rows(matrix, warp % MATRIX_TILES, 0, lane, rows);
+  if (ROWS_AHEAD) load_rows<ROW_MMAS>(matrix, warp % MATRIX_TILES, 0, lane, rows);
   score_scale *= *(const float *)(matrix + 2 * D * D);
 #endif
   for (int column = warp; column < COLUMNS; column += WARPS) {

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from ..codebook import LEVELS
-from ..format import UNIT_TOKENS, PageFormat, Plane
-from ..rotation import ROTATION_SEED, sign_stream
+from ..format import PageFormat
+from .macros import PANEL, bfloat, half, level_table, page_macros
 
 HEAD_SIZES = (64, 128, 256)
 BITS = ((4, 4), (4, 3), (3, 3), (2, 2))
 BLOCK_SIZES = (16, 32, 64)
 MAX_QUERY_LEN = 8
 MAX_GROUP = 16
-_PANEL = 128  # dims of K that share an MMA accumulator and a scale
 # In the order in which they are joined.
 SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "score", "attend", "queries", "decode")
 CONTEXT_SOURCES = ("ptx", "codes", "unrotate", "basis", "context")
@@ -68,7 +64,7 @@ def supported_pages(fmt: PageFormat, block_size: int) -> bool:
     key, value = fmt.preset.key, fmt.preset.value
     return (
         fmt.head_size in HEAD_SIZES
-        and fmt.scale_group == min(fmt.head_size, _PANEL)
+        and fmt.scale_group == min(fmt.head_size, PANEL)
         and (key.bits, value.bits) in BITS
         and not key.sketch
         and block_size in BLOCK_SIZES
@@ -192,67 +188,6 @@ class ContextVariant:
             "VALUE_LEVELS": level_table(self.fmt.preset.value.bits, half),
         }
         return page_macros(self.fmt, self.block_size) | {name: str(value) for name, value in values.items()}
-
-
-def page_macros(fmt: PageFormat, block_size: int) -> dict[str, str]:
-    """The layout of pages, the rotation's signs and the levels of keys, which every kernel is compiled for."""
-    values: dict[str, int | str] = {
-        "D": fmt.head_size,
-        "KEY_BITS": fmt.preset.key.bits,
-        "VALUE_BITS": fmt.preset.value.bits,
-        "SUB_SHIFT": (block_size // UNIT_TOKENS).bit_length() - 1,
-        "UNIT_BYTES": fmt.unit_bytes,
-        "SCALE_BASE": fmt.scalar_base,
-        "SCALE_GROUP_BYTES": fmt.scalar_offset(0, 1, 0) - fmt.scalar_offset(0, 0, 0),
-        "SIGNS": ",".join(sign_words(fmt.head_size)),
-        "KEY_LEVELS": level_table(fmt.preset.key.bits, half),
-    }
-    for i, plane in enumerate(fmt.key_planes):
-        values |= {f"KEY{i}_{name}": offset for name, offset in key_strides(plane).items()}
-    for i, plane in enumerate(fmt.value_planes):
-        values[f"VALUE{i}_BASE"] = plane.offset
-    return {name: str(value) for name, value in values.items()}
-
-
-def key_strides(plane: Plane) -> dict[str, int]:
-    """A K plane's base and its strides a token and a panel of 128 dims; inside a panel of a token dims are consecutive."""
-    start = plane.byte_offset(0, 0)
-    panel = plane.byte_offset(0, _PANEL * plane.bits // 8) - start if plane.head_size > _PANEL else 0
-    return {"BASE": start, "TOKEN": plane.byte_offset(1, 0) - start, "PANEL": panel}
-
-
-def half(level: float) -> int:
-    """The bits of ``level`` in fp16."""
-    return int.from_bytes(struct.pack("<e", level), "little")
-
-
-def bfloat(level: float) -> int:
-    """The bits of ``level``, which has few digits, in bf16."""
-    bits = int.from_bytes(struct.pack("<f", level), "little")
-    assert bits & 0xFFFF == 0, f"level {level} is not a bf16 number"
-    return bits >> 16
-
-
-def level_table(bits: int, encode: Callable[[float], int]) -> str:
-    """The four words of ``struct Levels``: high bytes of codes 0..3 and 4..7, then their low bytes.
-
-    4-bit codes look up magnitudes and merge their sign; codes of 2 and 3 bits look up signed levels.
-    """
-    levels = LEVELS[bits] if bits == 4 else (*LEVELS[bits], *(-level for level in LEVELS[bits]))
-    words = [encode(level) for level in levels]
-    words += [0] * (8 - len(words))
-
-    def word(part: list[int], shift: int) -> str:
-        return f"0x{sum((x >> shift & 0xFF) << (8 * i) for i, x in enumerate(part)):08x}u"
-
-    return ",".join([word(words[:4], 8), word(words[4:], 8), word(words[:4], 0), word(words[4:], 0)])
-
-
-def sign_words(head_size: int) -> Iterator[str]:
-    """The rotation's sign flips, 32 a word."""
-    signs = sign_stream(head_size, ROTATION_SEED)
-    for start in range(0, head_size, 32):
-        yield f"0x{sum((sign < 0) << i for i, sign in enumerate(signs[start : start + 32])):08x}u"
 
 
 @cache

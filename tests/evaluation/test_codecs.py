@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.plugin.conftest import unpacked_033
+from tests.plugin.conftest import require_033
 from vllm_turboquant.evaluation import codecs
 from vllm_turboquant.evaluation.codecs import NAMES, Case, decoded
 from vllm_turboquant.kernels.format import PRESETS
@@ -28,12 +28,7 @@ def vectors(seed):
 @pytest.fixture
 def kernels_033(vectors, tmp_path):
     """What vLLM 0.33's kernels make of the vectors, under Triton's interpreter."""
-    code = unpacked_033()
-    if not (code / "vllm" / "__init__.py").is_file():
-        reason = f"no vLLM 0.33 in {code}: `make test` unpacks it there"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    code = require_033()
     torch.save(vectors, tmp_path / "in.pt")
     environment = {**os.environ, "PYTHONPATH": str(code), "TRITON_INTERPRET": "1", "VLLM_TARGET_DEVICE": "cpu"}
     command = [sys.executable, str(Path(__file__).with_name("rivals_033.py")), str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]

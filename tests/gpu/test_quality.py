@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from vllm_turboquant.kernels import reference
-from vllm_turboquant.kernels.format import PRESETS, page_format
+from vllm_turboquant.evaluation import Case, EvaluatedModel
+from vllm_turboquant.evaluation.run import divergences
+from vllm_turboquant.kernels.format import PRESETS
 
 from .engines import LOSSLESS, job_result
 
@@ -33,38 +34,8 @@ def auto_logits(smollm2, folder):
 
 def reference_divergence(path, texts, preset):
     """KL of the same model in plain torch whose attention reads keys and values through ``kernels.reference``'s pages."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
-
-    fmt = page_format(preset, 64)
-    state = {"codec": False}
-
-    def through_pages(x_key, x_value):
-        """``[B, Hk, T, d]`` each, stored and loaded."""
-        batch, heads, length, d = x_key.shape
-        rows = [x.transpose(1, 2).reshape(batch * length, heads, d) for x in (x_key, x_value)]
-        blocks = -(-batch * length // 16)
-        cache = torch.zeros(blocks, heads, 16, fmt.slot_bytes, dtype=torch.uint8, device=x_key.device)
-        reference.store(*rows, cache, torch.arange(batch * length, device=cache.device), fmt)
-        loaded = reference.load_vectors(cache, torch.arange(blocks, device=cache.device), fmt)
-        return [x[: batch * length].to(x_key.dtype).view(batch, length, heads, d).transpose(1, 2) for x in loaded]
-
-    def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **rest):
-        if state["codec"]:
-            key, value = through_pages(key, value)
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
-
-    AttentionInterface.register("through_pages", attention)
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="through_pages", dtype=torch.float32).cuda()
-    total = 0.0
-    with torch.no_grad():
-        for ids in texts.split(8):
-            state["codec"] = False
-            p = model(ids.cuda(), use_cache=False).logits[:, :-1].log_softmax(-1)
-            state["codec"] = True
-            q = model(ids.cuda(), use_cache=False).logits[:, :-1].log_softmax(-1)
-            total += float((p.exp() * (p - q)).sum(-1).mean()) * len(ids)
-    return total / len(texts)
+    (result,) = divergences(EvaluatedModel(str(path)), [Case(preset)], list(texts))
+    return result.figures()["kl"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

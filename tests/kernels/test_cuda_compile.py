@@ -9,15 +9,12 @@ import torch
 from vllm_turboquant.kernels.codebook import LEVELS
 from vllm_turboquant.kernels.cuda import context, driver, launch, nvrtc
 from vllm_turboquant.kernels.cuda.driver import Device
+from vllm_turboquant.kernels.cuda.macros import bfloat, half, key_strides, sign_words
 from vllm_turboquant.kernels.cuda.variant import (
     BITS,
     HEAD_SIZES,
     ContextVariant,
     Options,
-    bfloat,
-    half,
-    key_strides,
-    sign_words,
     supported,
 )
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, UNIT_TOKENS, page_format

@@ -78,3 +78,14 @@ def one_rank(plugin: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def unpacked_033() -> Path:
     """The Python part of vLLM 0.33, which ``make test`` unpacks; ``TURBOQUANT_VLLM_033`` overrides the place."""
     return Path(os.environ.get("TURBOQUANT_VLLM_033") or Path(sys.prefix) / "vllm-0.33")
+
+
+def require_033() -> Path:
+    """:func:`unpacked_033`; skips where it is not unpacked, fails in CI."""
+    code = unpacked_033()
+    if not (code / "vllm" / "__init__.py").is_file():
+        reason = f"no vLLM 0.33 in {code}: `make test` unpacks it there"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return code

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import unpacked_033
+from .conftest import require_033
 
 HERE = Path(__file__).parent
 FILES = ("registration", "arguments", "selection", "planning", "views", "refusals", "rotary", "calibration", "calibration_run")
@@ -33,12 +33,7 @@ EngineArgs.from_cli_args(parsed).create_engine_config()
 @pytest.fixture
 def environment() -> dict[str, str]:
     """That of a process in which ``import vllm`` finds 0.33."""
-    code = unpacked_033()
-    if not (code / "vllm" / "__init__.py").is_file():
-        reason = f"no vLLM 0.33 in {code}: `make test` unpacks it there"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    code = require_033()
     return {
         **os.environ,
         "PYTHONPATH": str(code),

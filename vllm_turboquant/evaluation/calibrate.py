@@ -8,10 +8,8 @@ import torch
 
 from ..kernels.basis import KeyBasis
 from ..kernels.statistics import bucket_shifts, bucket_tokens, shifts
-from ..texts import blocks
+from ..texts import CALIBRATION_CONTEXT, CALIBRATION_TOKENS, blocks
 from .model import EvaluatedModel
-
-TOKENS, CONTEXT = 2048, 512  # as an engine's first start has it
 
 
 def calibrate(model: EvaluatedModel, served: int, texts: Sequence[torch.Tensor] | None = None) -> list[KeyBasis]:
@@ -21,7 +19,7 @@ def calibrate(model: EvaluatedModel, served: int, texts: Sequence[torch.Tensor] 
     texts: by default those that an engine would be calibrated on.
     """
     if texts is None:
-        texts = blocks(model.tokenizer, "calibration", TOKENS, CONTEXT)
+        texts = blocks(model.tokenizer, "calibration", CALIBRATION_TOKENS, CALIBRATION_CONTEXT)
     turns = model.turns(shifts(served))
     longest = max(len(text) for text in texts)
     buckets = torch.stack([torch.stack(model.turns(inside)).mean(0) for inside in bucket_shifts(served, longest)])

@@ -1,0 +1,73 @@
+"""The layout of ``kernels.format`` and the levels of ``kernels.codebook`` as macros of the CUDA sources."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+
+from ..codebook import LEVELS
+from ..format import UNIT_TOKENS, PageFormat, Plane
+from ..rotation import ROTATION_SEED, sign_stream
+
+PANEL = 128  # dims of K that share an MMA accumulator and a scale
+
+
+def page_macros(fmt: PageFormat, block_size: int) -> dict[str, str]:
+    """The layout of pages, the rotation's signs and the levels of keys, which every kernel is compiled for."""
+    values: dict[str, int | str] = {
+        "D": fmt.head_size,
+        "KEY_BITS": fmt.preset.key.bits,
+        "VALUE_BITS": fmt.preset.value.bits,
+        "SUB_SHIFT": (block_size // UNIT_TOKENS).bit_length() - 1,
+        "UNIT_BYTES": fmt.unit_bytes,
+        "SCALE_BASE": fmt.scalar_base,
+        "SCALE_GROUP_BYTES": fmt.scalar_offset(0, 1, 0) - fmt.scalar_offset(0, 0, 0),
+        "SIGNS": ",".join(sign_words(fmt.head_size)),
+        "KEY_LEVELS": level_table(fmt.preset.key.bits, half),
+    }
+    for i, plane in enumerate(fmt.key_planes):
+        values |= {f"KEY{i}_{name}": offset for name, offset in key_strides(plane).items()}
+    for i, plane in enumerate(fmt.value_planes):
+        values[f"VALUE{i}_BASE"] = plane.offset
+    return {name: str(value) for name, value in values.items()}
+
+
+def key_strides(plane: Plane) -> dict[str, int]:
+    """A K plane's base and its strides a token and a panel of 128 dims; inside a panel of a token dims are consecutive."""
+    start = plane.byte_offset(0, 0)
+    panel = plane.byte_offset(0, PANEL * plane.bits // 8) - start if plane.head_size > PANEL else 0
+    return {"BASE": start, "TOKEN": plane.byte_offset(1, 0) - start, "PANEL": panel}
+
+
+def half(level: float) -> int:
+    """The bits of ``level`` in fp16."""
+    return int.from_bytes(struct.pack("<e", level), "little")
+
+
+def bfloat(level: float) -> int:
+    """The bits of ``level``, which has few digits, in bf16."""
+    bits = int.from_bytes(struct.pack("<f", level), "little")
+    assert bits & 0xFFFF == 0, f"level {level} is not a bf16 number"
+    return bits >> 16
+
+
+def level_table(bits: int, encode: Callable[[float], int]) -> str:
+    """The four words of ``struct Levels``: high bytes of codes 0..3 and 4..7, then their low bytes.
+
+    4-bit codes look up magnitudes and merge their sign; codes of 2 and 3 bits look up signed levels.
+    """
+    levels = LEVELS[bits] if bits == 4 else (*LEVELS[bits], *(-level for level in LEVELS[bits]))
+    words = [encode(level) for level in levels]
+    words += [0] * (8 - len(words))
+
+    def word(part: list[int], shift: int) -> str:
+        return f"0x{sum((x >> shift & 0xFF) << (8 * i) for i, x in enumerate(part)):08x}u"
+
+    return ",".join([word(words[:4], 8), word(words[4:], 8), word(words[:4], 0), word(words[4:], 0)])
+
+
+def sign_words(head_size: int) -> Iterator[str]:
+    """The rotation's sign flips, 32 a word."""
+    signs = sign_stream(head_size, ROTATION_SEED)
+    for start in range(0, head_size, 32):
+        yield f"0x{sum((sign < 0) << i for i, sign in enumerate(signs[start : start + 32])):08x}u"
