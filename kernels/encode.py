@@ -55,7 +55,8 @@ def _rotate_group(
         if SIGNS:  # entries +-1: products are exact in the input's own precision
             acc = tl.dot((a.to(tl.float32) * PRE).to(b.dtype), b, acc)
         else:
-            acc = tl.dot(a.to(tl.float32) * PRE, b, acc, input_precision="ieee")
+            # Three products of halves on the tensor cores keep 22 bits, at half the time of the plain product.
+            acc = tl.dot(a.to(tl.float32) * PRE, b, acc, input_precision="tf32x3" if MEAN else "ieee")
     if SIGNS:
         acc = acc * (1.0 / tl.sqrt(D * 1.0))
     return acc
@@ -161,9 +162,11 @@ def store_side(
             COUNT: tl.constexpr = 1 << (BITS - 1)
             y = tl.where(broken[:, None], 0.0, y)
             if BASIS:
-                near = _beyond(x, live, normal, middle, D, PRE) & (place == 0)
-                second = tl.load(offset + group * GROUP + column, mask=column < GROUP, other=0.0)
-                y = tl.where(near[:, None], y - second[None, :] * PRE, y)
+                near = live & (place == 0)
+                if tl.max(near.to(tl.int32), axis=0) > 0:
+                    near &= _beyond(x, live, normal, middle, D, PRE)
+                    second = tl.load(offset + group * GROUP + column, mask=column < GROUP, other=0.0)
+                    y = tl.where(near[:, None], y - second[None, :] * PRE, y)
             top = tl.max(tl.abs(y), axis=1)
             safe = tl.where(top > 0, top, 1.0)
             a = tl.abs(y) / safe[:, None]

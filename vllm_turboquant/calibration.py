@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from .calibration_file import CalibrationFileError, Identity, configured_identity, fingerprint, load, mismatch, save
 from .calibration_run import RECIPE, run_model
-from .config import AUTO, BASIS_ON_GPU, OFF, TurboQuantSettings, refuse_calibration_file
+from .config import AUTO, OFF, TurboQuantSettings, refuse_calibration_file
 from .impl import TurboQuantImpl
 from .kernels.basis import KeyBasis
 from .key_bias import bias_bases
@@ -43,8 +43,8 @@ def calibrate_worker(worker: Any) -> Path | None:
     modules = {id(module) for module in model.modules()}
     context: dict[str, Any] = config.compilation_config.static_forward_context
     attention = {name: layer for name, layer in context.items() if isinstance(layer, AttentionLayerBase) and id(layer) in modules}
-    layers = {name: layer for name, layer in attention.items() if isinstance(getattr(layer, "impl", None), TurboQuantImpl)}
-    if not layers or (worker.device.type == "cuda" and not BASIS_ON_GPU):
+    layers = {name: layer for name, layer in attention.items() if _coded(getattr(layer, "impl", None))}
+    if not layers:
         return None
     setting = TurboQuantSettings.from_additional_config(config.additional_config).calibration
     path: Path | None = None
@@ -55,6 +55,11 @@ def calibrate_worker(worker: Any) -> Path | None:
         path, bases = None, _from_weights(config, model, layers)
     _set(layers, bases, worker)
     return path
+
+
+def _coded(impl: object) -> bool:
+    """Whether keys of the layer lose anything: those of the lossless debug format do not."""
+    return isinstance(impl, TurboQuantImpl) and impl.format.preset.key.bits < 32
 
 
 def _from_weights(config: VllmConfig, model: torch.nn.Module, layers: Mapping[str, Any]) -> Bases:
@@ -153,7 +158,7 @@ def _run(
         for name, one in statistics.items():
             own[name] = one.basis(centred=centred(name, layers))
         reason = None if own.keys() == owners(layers).keys() else "the model's run passed some layers by"
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError, ImportError) as error:
         # What a model that cannot be driven like this raises; it may still be served.
         reason = f"the run failed with {type(error).__name__}: {error}"
     if not _everywhere(reason is None):

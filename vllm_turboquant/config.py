@@ -18,9 +18,6 @@ SERVE_PLAIN = f"serve this model with {FLAG} auto"  # the remedy where the model
 SETTINGS_FLAG = "--additional-config"
 CALIBRATION = f'{SETTINGS_FLAG} {{"{SETTINGS_KEY}": {{"calibration": ...}}}}'
 AUTO, OFF = "auto", "off"
-DEFAULT_CALIBRATION = OFF  # AUTO once the GPU kernels take a key basis
-# Whether they do. Until then calibration is refused on a GPU, and key bias is not subtracted there.
-BASIS_ON_GPU = False
 CALIBRATE = "vllm-turboquant calibrate"
 # vLLM's own presets start so; it claims the prefix in many places.
 UPSTREAM_PREFIX = "turboquant_"
@@ -67,7 +64,7 @@ class TurboQuantSettings:
     more than the key bias that weights tell; else the absolute path of a file that ``vllm-turboquant calibrate`` made.
     """
 
-    calibration: str = DEFAULT_CALIBRATION
+    calibration: str = AUTO
 
     @property
     def calibration_file(self) -> Path | None:

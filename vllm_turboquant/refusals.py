@@ -6,7 +6,6 @@ from typing import Any
 
 from .config import (
     AUTO,
-    BASIS_ON_GPU,
     CALIBRATE,
     CALIBRATION,
     FLAG,
@@ -79,12 +78,9 @@ def _check_options(dtype: str, args: Any, platform: Any) -> None:
         )
 
 
-def _check_calibration(settings: TurboQuantSettings, args: Any, model: Any, platform: Any) -> None:
+def _check_calibration(settings: TurboQuantSettings, args: Any, model: Any) -> None:
     if settings.calibration == OFF:
         return
-    if platform.is_cuda() and not BASIS_ON_GPU:
-        reason = f'calibrated keys are not computed on a GPU yet; allowed is "{OFF}"'
-        raise refuse(CALIBRATION, repr(settings.calibration), reason, f'leave it out or set "{OFF}"')
     if settings.calibration == AUTO and _connectors(args.kv_transfer_config):
         # Calibrations of two servers differ by rounding at least, and each reads pages only under its own.
         reason = "cannot be combined with --kv-transfer-config, whose pages another server may read under another calibration"
@@ -184,4 +180,4 @@ def check_engine_args(args: Any, model: Any, platform: Any) -> None:
     _check_platform(dtype, platform)
     _check_options(dtype, args, platform)
     _check_model(dtype, model, platform)
-    _check_calibration(settings, args, model, platform)
+    _check_calibration(settings, args, model)

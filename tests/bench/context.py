@@ -1,4 +1,5 @@
-"""Milliseconds to decode older context into a bf16 workspace: this project's CUDA kernel and its portable one.
+"""Milliseconds to decode older context into a bf16 workspace: this project's CUDA kernel, without and with a calibrated key
+basis, and its portable one.
 
     python -m tests.bench.context                8192 tokens, every head size and preset that both cover
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_turboquant.kernels.basis import KeyBasis
 from vllm_turboquant.kernels.cuda import context
 from vllm_turboquant.kernels.format import DEFAULT_PRESET, page_format
 from vllm_turboquant.kernels.prefill import load_context
@@ -21,6 +23,7 @@ from vllm_turboquant.kernels.prefill import load_context
 from ..gpu.shadow import cached
 from .decode import H100_BYTES_PER_SECOND, milliseconds, random_pages
 from .rows import append_row
+from .shapes import calibrated_basis
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,11 @@ SHAPES = (
 FIRST = 5
 
 
-def calls(shape: Shape) -> tuple[Callable[[], None], Callable[[], None]]:
+def calls(shape: Shape, basis: KeyBasis | None = None) -> tuple[Callable[[], None], Callable[[], None]]:
     """Our launch and the portable one, which write alike: held against the float64 reference and each other first."""
     fmt = page_format(shape.preset, shape.head_size)
     device = torch.device("cuda", torch.cuda.current_device())
-    assert context.prepare(device, fmt, shape.page, torch.bfloat16), "the CUDA context loader is not usable here"
+    assert context.prepare(device, fmt, shape.page, torch.bfloat16, basis), "the CUDA context loader is not usable here"
     longest = shape.tokens // shape.requests
     width = -(-(FIRST + longest) // shape.page)
     cache = random_pages(shape.requests * width, shape.kv_heads, shape.page, fmt)
@@ -59,15 +62,15 @@ def calls(shape: Shape) -> tuple[Callable[[], None], Callable[[], None]]:
     ours, portable = ([torch.full(size, float("nan"), device="cuda", dtype=torch.bfloat16) for _ in range(2)] for _ in range(2))
 
     def run_ours() -> None:
-        context.load_context(cache, table, first, starts, longest, *ours, fmt)
+        context.load_context(cache, table, first, starts, longest, *ours, fmt, basis)
 
     def run_portable() -> None:
-        load_context(cache, table, first, starts, longest, *portable, fmt)
+        load_context(cache, table, first, starts, longest, *portable, fmt, basis)
 
     run_ours()
     run_portable()
     checked = min(longest, 256)
-    for side, expected in enumerate(cached(cache, table[-1], FIRST, FIRST + checked, fmt)):
+    for side, expected in enumerate(cached(cache, table[-1], FIRST, FIRST + checked, fmt, basis)):
         got = ours[side][-longest:][:checked].double()
         error = float((got - expected).norm() / expected.norm())
         assert error < 2**-8.5, f"{shape}: relative error {error}"
@@ -79,6 +82,8 @@ def calls(shape: Shape) -> tuple[Callable[[], None], Callable[[], None]]:
 def measure(shape: Shape) -> dict[str, object]:
     """One row."""
     run_ours, run_portable = calls(shape)
+    longest = FIRST + shape.tokens // shape.requests
+    run_calibrated, _ = calls(shape, calibrated_basis(shape.kv_heads, shape.head_size, longest))
     stored = page_format(shape.preset, shape.head_size).slot_bytes + 2 * shape.head_size * torch.bfloat16.itemsize
     return {
         "tokens": shape.tokens,
@@ -88,6 +93,7 @@ def measure(shape: Shape) -> dict[str, object]:
         "page": shape.page,
         "preset": shape.preset,
         "ours_ms": round(milliseconds(run_ours), 4),
+        "calibrated_ms": round(milliseconds(run_calibrated), 4),
         "portable_ms": round(milliseconds(run_portable), 4),
         "floor_ms": round(shape.tokens * shape.kv_heads * stored / H100_BYTES_PER_SECOND * 1e3, 4),
     }

@@ -7,8 +7,9 @@
 
 Appends a row a shape to results/decode_<card>.jsonl. All kernels run in one process; a time is the median of replays of a
 CUDA graph with one call, by triton's do_bench. Ours includes the rotation of the query, the merge of splits and the rotation
-back; FlashAttention's scheduler metadata is computed beforehand, as vLLM does. `floor_ms` is the time an H100's memory needs
-for the compressed tokens alone. A rival that does not fit in memory or refuses a shape is null.
+back: ours_ms data-free, calibrated_ms under a key basis. FlashAttention's scheduler metadata is computed beforehand, as vLLM
+does. `floor_ms` is the time an H100's memory needs for the compressed tokens alone. A rival that does not fit in memory or
+refuses a shape is null.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from dataclasses import replace
 import torch
 
 from vllm_turboquant.kernels import reference
+from vllm_turboquant.kernels.basis import KeyBasis
 from vllm_turboquant.kernels.cuda import launch
 from vllm_turboquant.kernels.format import DEFAULT_PRESET, PageFormat, page_format
 
 from .rivals import rivals
 from .rows import append_row
-from .shapes import GROUPS, QUICK, Shape, lengths_of, milliseconds, table_of
+from .shapes import GROUPS, QUICK, Shape, calibrated_basis, lengths_of, milliseconds, table_of
 
 H100_BYTES_PER_SECOND = 3.05e12
 
@@ -41,11 +43,13 @@ def random_pages(blocks: int, kv_heads: int, page: int, fmt: PageFormat) -> torc
     return cache
 
 
-def our_call(shape: Shape, lengths: torch.Tensor) -> tuple[Callable[[], None], dict[str, torch.Tensor]]:
+def our_call(
+    shape: Shape, lengths: torch.Tensor, basis: KeyBasis | None = None
+) -> tuple[Callable[[], None], dict[str, torch.Tensor]]:
     """The launch and the tensors it works on."""
     fmt = page_format(shape.preset, shape.head_size)
     group, device = shape.heads // shape.kv_heads, torch.device("cuda", torch.cuda.current_device())
-    assert launch.prepare(device, fmt, shape.page, torch.bfloat16, group, 1), "the CUDA decode is not usable here"
+    assert launch.prepare(device, fmt, shape.page, torch.bfloat16, group, 1, basis=basis), "the CUDA decode is not usable here"
     table, blocks = table_of(shape, shape.page)
     tensors = {
         "query": torch.randn(shape.batch, shape.heads, shape.head_size, device="cuda", dtype=torch.bfloat16),
@@ -58,20 +62,23 @@ def our_call(shape: Shape, lengths: torch.Tensor) -> tuple[Callable[[], None], d
     scratch = torch.empty(launch.scratch_floats(group, shape.head_size, 1, device), device="cuda")
 
     def call() -> None:
-        launch.decode(**tensors, out=out, scratch=scratch, fmt=fmt, scale=shape.head_size**-0.5, max_query_len=1)
+        options = {"scratch": scratch, "fmt": fmt, "scale": shape.head_size**-0.5, "max_query_len": 1, "basis": basis}
+        launch.decode(**tensors, out=out, **options)
 
     return call, {**tensors, "out": out}
 
 
 def check(shape: Shape) -> None:
-    """Our kernel against the float64 reference on a few requests of this kind."""
+    """Our kernel against the float64 reference on a few requests of this kind, without and with a key basis."""
     lengths = torch.tensor([1, 17, 333, 2048, 700], dtype=torch.int32, device="cuda")
-    call, tensors = our_call(replace(shape, batch=5, length=2048), lengths)
-    call()
-    out = tensors.pop("out")
-    truth = reference.attend(**tensors, fmt=page_format(shape.preset, shape.head_size), scale=shape.head_size**-0.5)
-    error = float((out.double() - truth).norm() / truth.norm())
-    assert error < 2**-8, f"{shape}: relative error {error}"
+    for basis in (None, calibrated_basis(shape.kv_heads, shape.head_size, 2048)):
+        call, tensors = our_call(replace(shape, batch=5, length=2048), lengths, basis)
+        call()
+        out = tensors.pop("out")
+        fmt = page_format(shape.preset, shape.head_size)
+        truth = reference.attend(**tensors, fmt=fmt, scale=shape.head_size**-0.5, basis=basis)
+        error = float((out.double() - truth).norm() / truth.norm())
+        assert error < 2**-8, f"{shape}: relative error {error}"
 
 
 def measure(shape: Shape, with_rivals: bool) -> dict[str, object]:
@@ -79,6 +86,10 @@ def measure(shape: Shape, with_rivals: bool) -> dict[str, object]:
     lengths = lengths_of(replace(shape, page=16, preset=DEFAULT_PRESET))
     call, tensors = our_call(shape, lengths)
     ours = milliseconds(call)
+    del call, tensors
+    torch.cuda.empty_cache()
+    call, tensors = our_call(shape, lengths, calibrated_basis(shape.kv_heads, shape.head_size, shape.length))
+    calibrated = milliseconds(call)
     del call, tensors
     torch.cuda.empty_cache()
     stored = int(lengths.sum()) * shape.kv_heads * page_format(shape.preset, shape.head_size).slot_bytes
@@ -92,6 +103,7 @@ def measure(shape: Shape, with_rivals: bool) -> dict[str, object]:
         "page": shape.page,
         "preset": shape.preset,
         "ours_ms": round(ours, 4),
+        "calibrated_ms": round(calibrated, 4),
         "fa3_bf16_ms": None,
         "fa3_fp8_ms": None,
         "builtin_ms": None,

@@ -3,10 +3,12 @@
     python -m tests.bench.engine auto fp8 turboquant          one process a dtype, one `call` for all rows
     python -m tests.bench.engine --full auto turboquant       also with as many 8192-token requests as fit, a minute a dtype
     python -m tests.bench.engine --memory auto turboquant     peak memory beside the KV cache against context
+    python -m tests.bench.engine --start auto auto turboquant turboquant     start-up alone, cold and warm
 
-Appends a row a dtype to results/engine_<card>.jsonl, or memory_<card>.jsonl. Prefill and decode of B requests of L tokens are
-told apart by running 1 and 65 output tokens, medians of some runs each. A dtype named twice is started twice: the second
-finds warm kernel caches.
+Appends a row a dtype to results/engine_<card>.jsonl, memory_<card>.jsonl or start_<card>.jsonl. ``turboquant`` is as installed:
+calibrated, on random token ids for want of a tokenizer; ``turboquant:off`` is data-free. Prefill and decode of B requests of L
+tokens are told apart by running 1 and 65 output tokens, medians of some runs each. A dtype named twice is started twice: the
+second finds warm caches.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from vllm_turboquant.config import is_ours
+
 from .rows import append_row
 
 SHAPES = ((48, 8192, 1), (1, 32768, 5))  # requests, tokens of a prompt, runs
 OUTPUT_TOKENS = 65
 MAX_REQUESTS = 256
+MODES = {"--memory": "memory", "--start": "start"}
 CONTEXTS = (8192, 131000)  # tokens of the one request whose memory is watched
 
 
@@ -36,6 +41,7 @@ def start(dtype: str, max_model_len: int) -> tuple[Any, float]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
 
+    dtype, _, calibration = dtype.partition(":")
     begin = time.time()
     llm = LLM(
         model=str(Path(__file__).parent / "models" / "llama8b"),
@@ -45,6 +51,7 @@ def start(dtype: str, max_model_len: int) -> tuple[Any, float]:
         max_model_len=max_model_len,
         gpu_memory_utilization=0.88,
         kv_cache_dtype=dtype,
+        additional_config={"turboquant": {"calibration": calibration}} if calibration else {},
         enable_prefix_caching=False,
         max_num_seqs=MAX_REQUESTS,
         max_num_batched_tokens=8192,
@@ -68,6 +75,11 @@ def generate(llm: Any, batch: int, length: int, tokens: int) -> float:
     return time.time() - begin
 
 
+def named(dtype: str) -> dict[str, object]:
+    name, _, calibration = dtype.partition(":")
+    return {"dtype": name, "calibration": calibration or ("auto" if is_ours(name) else None)}
+
+
 def measure(dtype: str, full: bool) -> dict[str, object]:
     """In this process: starts an engine and times it; ``full``: also when its cache is."""
     llm, start_s = start(dtype, 40960)
@@ -75,7 +87,7 @@ def measure(dtype: str, full: bool) -> dict[str, object]:
 
     generate(llm, 2, 256, 4)
     row: dict[str, object] = {
-        "dtype": dtype,
+        **named(dtype),
         "capacity_tokens": cache.num_gpu_blocks * cache.block_size,
         "start_s": round(start_s, 1),
     }
@@ -99,7 +111,7 @@ def measure_memory(dtype: str) -> dict[str, object]:
 
     llm, _ = start(dtype, CONTEXTS[-1] + 64)
     generate(llm, 2, 256, 4)
-    row: dict[str, object] = {"dtype": dtype}
+    row = named(dtype)
     for length in CONTEXTS:
         idle = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -109,11 +121,14 @@ def measure_memory(dtype: str) -> dict[str, object]:
 
 
 def main() -> None:
-    modes = [argument for argument in sys.argv[1:] if argument in ("--full", "--memory")]
+    modes = [argument for argument in sys.argv[1:] if argument in ("--full", *MODES)]
     arguments = [argument for argument in sys.argv[1:] if argument not in modes]
-    memory = "--memory" in modes
+    results = next((MODES[mode] for mode in modes if mode in MODES), "engine")
     if arguments[0] == "--one":
-        row = measure_memory(arguments[1]) if memory else measure(arguments[1], "--full" in modes)
+        if results == "start":
+            row = named(arguments[1]) | {"start_s": round(start(arguments[1], 40960)[1], 1)}
+        else:
+            row = measure_memory(arguments[1]) if results == "memory" else measure(arguments[1], "--full" in modes)
         print("ROW", json.dumps(row), flush=True)
         return
     call = uuid.uuid4().hex[:8]
@@ -124,7 +139,7 @@ def main() -> None:
         if not rows:
             print(f"{dtype}: no result, exit {child.returncode}\n{child.stdout[-3000:]}", flush=True)
             continue
-        print(append_row("memory" if memory else "engine", {**json.loads(rows[0]), "call": call}), flush=True)
+        print(append_row(results, {**json.loads(rows[0]), "call": call}), flush=True)
 
 
 if __name__ == "__main__":

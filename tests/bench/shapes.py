@@ -1,4 +1,4 @@
-"""Shapes of decode attention that are timed, their block tables and lengths, and the clock."""
+"""Shapes of decode attention that are timed, their block tables and lengths, a calibrated key basis, and the clock."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache
 import torch
 import triton
 
+from vllm_turboquant.kernels.basis import BUCKET, MAX_BUCKETS, KeyBasis, balanced_transform, key_basis
 from vllm_turboquant.kernels.format import DEFAULT_PRESET
 
 
@@ -55,6 +56,17 @@ def table_of(shape: Shape, page: int) -> tuple[torch.Tensor, int]:
     """A random block table wide enough for every request, and how many blocks it uses."""
     width = -(-shape.length // page)
     return torch.randperm(shape.batch * width, device="cuda").to(torch.int32).view(shape.batch, width), shape.batch * width
+
+
+@cache
+def calibrated_basis(kv_heads: int, head_size: int, length: int) -> KeyBasis:
+    """A basis as calibration makes it for sequences up to ``length``; fitted to random moments, which cost as much time."""
+    rng = torch.Generator().manual_seed(0)
+    parts = torch.randn(2, kv_heads, head_size, head_size, generator=rng, dtype=torch.float64)
+    buckets = min(MAX_BUCKETS, -(-length // BUCKET))
+    means = torch.randn(kv_heads, buckets, head_size, generator=rng)
+    transform = balanced_transform(*(parts @ parts.mT / head_size))
+    return key_basis(transform, means, torch.randn(kv_heads, head_size, generator=rng)).to(torch.device("cuda"))
 
 
 def milliseconds(call: Callable[[], object]) -> float:

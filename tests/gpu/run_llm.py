@@ -92,6 +92,7 @@ def main() -> None:
 
         errors = install()
     options = {
+        "additional_config": {"turboquant": {"calibration": "off"}},
         "dtype": "bfloat16",
         "max_model_len": 2048,
         "gpu_memory_utilization": 0.1,

@@ -63,11 +63,7 @@ def plain_torch(batch, dtype, scale, basis=None):
     for r, length in enumerate(batch.seq_lens.tolist()):
         rows = slice(starts[r], starts[r + 1])
         if rows.stop > rows.start and length:
-            if basis is None:
-                keys, values = cached(batch.cache, batch.block_table[r], 0, length, batch.fmt)
-            else:
-                pages = batch.block_table[r, : -(-length // batch.cache.shape[2])].long()
-                keys, values = (x[:length] for x in reference.load_vectors(batch.cache, pages, batch.fmt, basis))
+            keys, values = cached(batch.cache, batch.block_table[r], 0, length, batch.fmt, basis)
             out[rows] = attend(batch.query[rows].to(dtype), keys.to(dtype), values.to(dtype), scale)
     return out
 

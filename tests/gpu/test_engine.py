@@ -21,6 +21,7 @@ GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]}
 CHUNKED = {"max_num_batched_tokens": 256, "max_num_seqs": 16}
 NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}
 DRAFT = {"speculative_config": {"method": "draft_model", "model": "drafter", "num_speculative_tokens": 3}}
+CALIBRATED = {"additional_config": {}}  # as installed; without a tokenizer on random token ids
 # bf16 keeps 8 bits: four layers of rounding move a log-probability by a few hundredths.
 BF16 = 0.12
 
@@ -98,10 +99,18 @@ def test_speculation_changes_no_more_than_autos(generate, speculation):
     assert shares[LOSSLESS] > shares["auto"] - 1 / 6 - 0.01
 
 
+def test_calibrated_graphs_follow_eager(generate):
+    """The store under a key basis finds the positions of the step that replays, not of the one that was captured."""
+    eager, *others = (generate("turboquant", options | CALIBRATED)["answers"] for options in (EAGER, GRAPHS, GRAPHS | NGRAM))
+    for answers in others:
+        assert compare(answers, eager) > 0.5
+
+
 MIXED = EAGER | CHUNKED | NGRAM
 SHADOWED = {
     **{preset: (preset, "llama", MIXED) for preset in PRESETS},
     "lossless, draft model": (LOSSLESS, "llama", EAGER | CHUNKED | DRAFT),
+    **{f"{preset}, calibrated": (preset, "llama", MIXED | CALIBRATED) for preset in ("turboquant", "turboquant-k8v4")},
     "turboquant, window": ("turboquant", "window", MIXED),
     "turboquant, soft cap": ("turboquant", "soft cap", MIXED),
 }

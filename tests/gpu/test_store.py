@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from vllm_turboquant.kernels import reference
+from vllm_turboquant.kernels.basis import by_head
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
+from vllm_turboquant.kernels.rotation import rotation
+
+from ..kernels.oracle import around_means, random_basis
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 pytestmark = pytest.mark.gpu
@@ -57,12 +61,37 @@ def test_codes_are_the_references(preset, head_size, dtype, seed):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("head_size", (64, 96, 128, 256))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_under_a_key_basis(preset, head_size, dtype, seed):
+    """Keys around means 30 times their size, by position. In the stored basis, where the transform does not weigh errors."""
+    from vllm_turboquant.kernels.store import store
+
+    fmt, g, tokens = page_format(preset, head_size), torch.Generator().manual_seed(seed), 512
+    basis = random_basis(g, 2, head_size, buckets=5, bucket=48)
+    key, value = (torch.randn(tokens, 2, head_size, generator=g) for _ in range(2))
+    key, value = around_means(key, basis, sinks=3).to("cuda", dtype), value.to("cuda", dtype)
+    basis, slots = basis.to(key.device), torch.arange(tokens, device="cuda")
+    ours, truth = (torch.full((tokens // 32, 2, 32, fmt.slot_bytes), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(2))
+    store(key, value, ours, slots, fmt, basis, slots)
+    reference.store(key, value, truth, slots, fmt, basis, slots)
+    starts = slots[::32]
+    mine, theirs = (reference.load(x, starts // 32, fmt, basis, starts)[0] for x in (ours, truth))
+    differing = float((mine != theirs).any(-1).float().mean())
+    print(f"{preset} d={head_size} {dtype}: {differing:.2e} of keys differ")
+    # 8 bits have 16 times more thresholds than 4, and no scale search to hide behind.
+    assert differing < (0.05 if "k8" in preset else 0.02)
+    exact = by_head(key.double() - basis.means[:, 0].double(), basis.forward.mT)
+    assert ((mine - exact) ** 2).sum() <= ((theirs - exact) ** 2).sum() * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("head_size", (64, 96, 128, 256))
 def test_distortion_is_the_references(preset, head_size, seed):
     """Against the vectors themselves, so that ties cannot hide a loss; 1e-4 relative covers flipped ties."""
     fmt = page_format(preset, head_size)
     (ours, truth), vectors, slots = both(fmt, torch.bfloat16, seed)
     live = (slots >= 0).nonzero().squeeze(-1)
-    turn = reference.rotation(head_size).cuda()
+    turn = rotation(head_size).cuda()
     mine, theirs = tokens_of(ours, slots, fmt), tokens_of(truth, slots, fmt)
     for x, a, b in zip(vectors, mine, theirs, strict=True):
         y = x[live].double() @ turn.T

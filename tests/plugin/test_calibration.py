@@ -195,17 +195,3 @@ def test_a_named_file_is_checked_before_anything_starts(
         with pytest.raises(TurboQuantError) as caught:
             engine_config(**served, **named)
         check_sentence(str(caught.value), ("--additional-config", str(path), reason, 'make one with "vllm-turboquant calibrate"'))
-
-
-def test_calibration_waits_for_gpu_kernels() -> None:
-    from types import SimpleNamespace
-
-    from vllm_turboquant.config import BASIS_ON_GPU, TurboQuantSettings
-    from vllm_turboquant.refusals import _check_calibration
-
-    assert not BASIS_ON_GPU, "calibration on a GPU is not refused any more: this test and its refusal can go"
-    gpu = SimpleNamespace(is_cuda=lambda: True)
-    _check_calibration(TurboQuantSettings("off"), None, None, gpu)
-    with pytest.raises(TurboQuantError) as caught:
-        _check_calibration(TurboQuantSettings("auto"), None, None, gpu)
-    check_sentence(str(caught.value), ("--additional-config", "'auto'", "on a GPU yet", 'allowed is "off"', "leave it out"))

@@ -94,7 +94,7 @@ class Server:
         command += [f"--dtype={flags.dtype}", f"--host={HOST}", f"--port={self.port}", "--served-model-name=m"]
         # vLLM would ask for nearly all memory where no cache size is given, and two servers share it.
         command += ["--gpu-memory-utilization=0.1", *(["--enforce-eager"] if flags.eager else []), *flags.extra]
-        environment = os.environ | ENVIRONMENT
+        environment = {"VLLM_CACHE_ROOT": str(self.log_path.with_suffix(".cache"))} | os.environ | ENVIRONMENT
         if flags.cores > 1:
             own = sorted(os.sched_getaffinity(0))
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(own[i % len(own)]) for i in range(flags.cores))

@@ -22,7 +22,7 @@ def test_calibrated_engine(smollm2: Path, tmp_path: Path) -> None:
     # Layers that stay uncompressed stand between the calibrated ones.
     skipped = [str(layer) for layer in range(0, 30, 3)]
     off = llm | {"kv_cache_dtype": "turboquant-k3v3", "kv_cache_dtype_skip_layers": skipped}
-    calibrated = off | {"additional_config": {"turboquant": {"calibration": "auto"}}}
+    calibrated = off | {"additional_config": {}}
     engines = {"auto": llm, "off": off, "first": calibrated, "second": calibrated}
     jobs = [{"name": name, "prompts": prompts, "max_tokens": 2, "llm": engine} for name, engine in engines.items()]
     results = run_jobs(jobs, tmp_path, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
