@@ -81,6 +81,7 @@ def _evaluate(given: argparse.Namespace) -> int:
         return 2
     cases = [case for case in all_cases() if not given.only or case.name in given.only]
     model = EvaluatedModel(given.model)
+    model.subtract_key_bias(given.served)
     bases = calibrate(model, given.served) if any(case.calibrated for case in cases) else None
     columns = "{:8} {:40} {:>6}  {:>8} {:>8}  {:>6} {:>8}"
     print(columns.format("context", "dtype", "bytes", "KL", "error", "top-1", "ppl"))

@@ -4,7 +4,8 @@
     python -m tests.bench.fidelity MODEL --needle 4096 8192 [--only NAME ...]
 
 Appends to ``results/fidelity_<model>.jsonl``, or ``results/needle_<model>.jsonl``. Calibrated cases use bases that are fitted
-here, on the calibration half of the texts, for a context of ``--served`` tokens.
+here, on the calibration half of the texts, for a context of ``--served`` tokens; the others subtract the key bias that weights
+tell, as engines without calibration do.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="dtypes; default all")
     arguments = parser.parse_args()
     model, name = EvaluatedModel(arguments.model), Path(arguments.model).name
+    model.subtract_key_bias(arguments.served)
     chosen = [case for case in all_cases() if not arguments.only or case.name in arguments.only]
     bases = calibrate(model, arguments.served) if any(case.calibrated for case in chosen) else None
     card = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"

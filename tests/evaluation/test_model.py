@@ -209,6 +209,17 @@ def test_calibration_shows_and_a_bad_mean_shows(model, ids):
     assert good["kl"] < 0.8 * none["kl"] and off["kl"] > 2 * none["kl"] and good["calibrated"] and not none["calibrated"]
 
 
+def test_data_free_presets_subtract_the_key_bias(model, ids, monkeypatch):
+    monkeypatch.setattr(model, "_plain", [None] * LAYERS)
+    case, calibrated = Case("turboquant"), Case("turboquant", calibrated=True)
+    bases = calibrate(model, 96, [torch.flip(x, [0]) for x in ids])
+    before, first = (figures(model, ids, c, bases=bases)[0]["kl"] for c in (case, calibrated))
+    model.subtract_key_bias(96)
+    after, second = (figures(model, ids, c, bases=bases)[0]["kl"] for c in (case, calibrated))
+    print(f"KL data-free {before:.5f}, without key bias {after:.5f}, calibrated {first:.5f}")
+    assert after < 0.9 * before and first == second
+
+
 def test_figures_against_float64(seed, monkeypatch):
     monkeypatch.setattr(metrics, "SEGMENT", 8)
     rng = torch.Generator().manual_seed(seed)

@@ -61,7 +61,7 @@ class Case:
 def decoded(case: Case, key: torch.Tensor, value: torch.Tensor, layer: int, layers: int, basis: KeyBasis | None) -> Pair:
     """Keys, after rotary embedding, and values as layer ``layer`` of ``layers`` reads them under ``case``.
 
-    key, value: float32 ``[T, Hk, d]``; returned alike. basis: of this layer; ignored unless the case is calibrated. Exact
+    key, value: float32 ``[T, Hk, d]``; returned alike. basis: of this layer, under which our presets store keys. Exact
     tokens (sinks, window) are the reader's business. Raises ValueError where vLLM has no such dtype for the head size, or
     a calibrated case has no basis.
     """
@@ -69,7 +69,7 @@ def decoded(case: Case, key: torch.Tensor, value: torch.Tensor, layer: int, laye
         return key.to(torch.bfloat16).to(key.dtype), value.to(torch.bfloat16).to(value.dtype)
     if case.calibrated and basis is None:
         raise ValueError(f"{case} without the bases of a calibration")
-    return _CODECS[case.name](key, value, basis if case.calibrated else None)
+    return _CODECS[case.name](key, value, basis)
 
 
 def _pages(name: str, key: torch.Tensor, value: torch.Tensor, basis: KeyBasis | None) -> Pair:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..kernels.basis import KeyBasis
+from ..kernels.basis import KeyBasis, key_basis
 from ..kernels.statistics import KeyStatistics
 from .codecs import Case, decoded
 
 _QUERY_ROWS = 256  # rows attended at once where exact and decoded tokens mix: bounds the score matrix
+_BIAS_POSITIONS = 1024  # over which a key bias is averaged
 _numbers = itertools.count()
 
 
@@ -40,6 +41,7 @@ class EvaluatedModel:
         self.layers: int = self.model.config.get_text_config().num_hidden_layers
         self._case = Case("auto")
         self._bases: Sequence[KeyBasis] | None = None
+        self._plain: Sequence[KeyBasis | None] = [None] * self.layers
         self._statistics: dict[int, KeyStatistics] | None = None
 
     @torch.inference_mode()
@@ -87,6 +89,21 @@ class EvaluatedModel:
                 raise ValueError("rotary embedding at a position is not orthogonal")
         return turns
 
+    @torch.inference_mode()
+    def subtract_key_bias(self, served: int) -> None:
+        """From now on data-free presets do what an engine for ``served`` tokens does without calibration: where a layer's key
+        projection has a bias, its mean over the positions is subtracted.
+        """
+        biases = [_key_bias(layer.self_attn) for layer in self.model.base_model.layers]
+        if all(bias is None for bias in biases):
+            return
+        samples = range(0, served, max(served // _BIAS_POSITIONS, 1))
+        turn = torch.stack([torch.stack(self.turns(samples[i : i + 64])).sum(0) for i in range(0, len(samples), 64)]).sum(0)
+        turn = turn / len(samples)
+        eye = torch.eye(len(turn))
+        means = [None if bias is None else bias.double().view(-1, len(turn)) @ turn.T for bias in biases]
+        self._plain = [None if mean is None else key_basis(eye.expand(len(mean), -1, -1), mean) for mean in means]
+
     @contextmanager
     def _reading(self, case: Case, bases: Sequence[KeyBasis] | None) -> Iterator[None]:
         self._case, self._bases = case, bases
@@ -114,7 +131,7 @@ class EvaluatedModel:
             fresh = KeyStatistics(k.shape[1], k.shape[2], k.device)
             self._statistics.setdefault(module.layer_idx, fresh).add(q, k)
         case, layer = self._case, module.layer_idx
-        basis = None if self._bases is None else self._bases[layer]
+        basis = self._plain[layer] if self._bases is None or not case.calibrated else self._bases[layer]
         k_hat, v_hat = decoded(case, k, v, layer, self.layers, basis)
         sinks = min(case.sinks, len(k))
         k_hat, v_hat = (torch.cat([x[:sinks], y[sinks:]]) for x, y in ((k, k_hat), (v, v_hat)))
@@ -124,6 +141,13 @@ class EvaluatedModel:
         k_hat, v_hat = (x.transpose(0, 1)[None] for x in (k_hat, v_hat))
         out = scaled_dot_product_attention(query, k_hat, v_hat, is_causal=True, scale=scale, enable_gqa=True)
         return out.transpose(1, 2), None
+
+
+def _key_bias(attention: torch.nn.Module) -> torch.Tensor | None:
+    """``[Hk * d]``; None without, and where a norm between projection and attention moves it."""
+    children = dict(attention.named_children())
+    bias = getattr(children.get("k_proj"), "bias", None)
+    return None if bias is None or any("norm" in name for name in children) else bias
 
 
 def attend_windowed(
