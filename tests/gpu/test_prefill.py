@@ -8,6 +8,7 @@ import torch
 from vllm_turboquant.kernels import reference
 from vllm_turboquant.kernels.format import page_format
 
+from ..kernels.oracle import random_basis
 from .shadow import attend, cached
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +36,8 @@ OPTIONS = {
     "soft cap": {"soft_cap": 3.0},
     "sinks": {"sinks": True},
     "window and sinks": {"window": 50, "sinks": True},
+    "key basis": {"basis": True},
+    "window under a key basis": {"window": 50, "basis": True},
 }
 
 
@@ -64,8 +67,13 @@ def test_mixed_batch(workspace, preset, loader, inexact, head_size, option, seed
     def normal(*shape):
         return torch.randn(*shape, generator=g, device="cuda").to(torch.bfloat16)
 
+    basis = None
+    if "basis" in OPTIONS[option]:
+        # No mean 30 times the keys: raw rows and decoded ones would then both be lost in bf16's rounding of it.
+        basis = random_basis(torch.Generator().manual_seed(seed), KV_HEADS, head_size, mean=1.0, buckets=4, bucket=48)
+        basis = basis.to(torch.device("cuda"))
     if loader == "cuda":
-        assert cuda.prepare(torch.device("cuda", torch.cuda.current_device()), fmt, BLOCK, torch.bfloat16)
+        assert cuda.prepare(torch.device("cuda", torch.cuda.current_device()), fmt, BLOCK, torch.bfloat16, basis)
     window, sinks = OPTIONS[option].get("window"), OPTIONS[option].get("sinks")
     layer = SimpleNamespace(
         num_heads=HEADS,
@@ -78,6 +86,7 @@ def test_mixed_batch(workspace, preset, loader, inexact, head_size, option, seed
         sinks=normal(HEADS) if sinks else None,
         flash_attention=get_flash_attn_version(head_size=head_size),
         cuda_context_pages={BLOCK} if loader == "cuda" else set(),
+        basis=basis,
     )
     tokens = sum(QUERIES)
     query, key, value = normal(tokens, HEADS, head_size), normal(tokens, KV_HEADS, head_size), normal(tokens, KV_HEADS, head_size)
@@ -89,7 +98,8 @@ def test_mixed_batch(workspace, preset, loader, inexact, head_size, option, seed
         # What the window has passed was freed: it stays 0xFF, whose scales are NaN.
         position = torch.arange(0 if window is None else max(0, context - window + 1), context, device="cuda")
         slots = table[r + 2, position // BLOCK].long() * BLOCK + position % BLOCK
-        reference.store(*(normal(len(position), KV_HEADS, head_size) for _ in range(2)), cache, slots, fmt)
+        sides = (normal(len(position), KV_HEADS, head_size) for _ in range(2))
+        reference.store(*sides, cache, slots, fmt, basis, position)
     starts = torch.tensor([0, *QUERIES], device="cuda").cumsum(0).to(torch.int32)
     older = torch.tensor(CONTEXTS, dtype=torch.int32, device="cuda")
     bounds = [context + extra for context, extra in zip(CONTEXTS, (1, 0, 3, 3, 2), strict=True)] if inexact else CONTEXTS
@@ -102,7 +112,7 @@ def test_mixed_batch(workspace, preset, loader, inexact, head_size, option, seed
     for r, context in enumerate(CONTEXTS):
         rows = slice(int(starts[r]), int(starts[r + 1]))
         oldest = 0 if window is None else max(0, context - window + 1)
-        sides = cached(cache, table[r + 2], oldest, context, fmt) if context > oldest else [key[:0].double()] * 2
+        sides = cached(cache, table[r + 2], oldest, context, fmt, basis) if context > oldest else [key[:0].double()] * 2
         sides = [torch.cat([old, new[rows].double()]) for old, new in zip(sides, (key, value), strict=True)]
         options = (layer.scale, window, layer.logits_soft_cap, layer.sinks)
         truth = attend(query[rows].double(), *sides, *options)
