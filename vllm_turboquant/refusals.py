@@ -85,7 +85,7 @@ def _check_calibration(settings: TurboQuantSettings, args: Any, model: Any) -> N
         # Calibrations of two servers differ by rounding at least, and each reads pages only under its own.
         reason = "cannot be combined with --kv-transfer-config, whose pages another server may read under another calibration"
         remedy = f'make a file with "{CALIBRATE}" and name it on every server, or set "{OFF}"'
-        raise refuse(CALIBRATION, repr(AUTO), reason, remedy)
+        raise refuse(CALIBRATION, f"{AUTO!r}, the default", reason, remedy)
     path = settings.calibration_file
     if path is not None:
         from .calibration_file import CalibrationFileError, configured_identity, mismatch, read_identity

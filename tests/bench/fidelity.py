@@ -41,10 +41,10 @@ def main() -> None:
     card = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
     common = {"served": arguments.served, "card": card, "torch": torch.__version__, "transformers": transformers.__version__}
     if arguments.needle:
-        found = retrieval(model, chosen, arguments.needle, DEPTHS, bases)
-        for case, results in zip(chosen, found, strict=True):
-            figures = {"lengths": arguments.needle, "depths": DEPTHS, "found": results, "reads": "compressed"}
-            print(write_row(f"needle_{name}", {"model": name, **vars(case), **figures, **common}))
+        for case in chosen:  # one by one: a row is kept when its case is through
+            (found,) = retrieval(model, [case], arguments.needle, DEPTHS, bases)
+            figures = {"lengths": arguments.needle, "depths": DEPTHS, "found": found, "reads": "compressed"}
+            print(write_row(f"needle_{name}", {"model": name, **vars(case), **figures, **common}), flush=True)
         return
     for row in rows(model, name, chosen, arguments.contexts, bases, arguments.tokens):
         print(write_row(f"fidelity_{name}", {**row, **common}), flush=True)

@@ -70,11 +70,8 @@ REFUSALS: dict[str, Refusal] = {
     "calibration file missing": _calibration("/no/such", "/no/such:", "no such file", 'with "vllm-turboquant calibrate"'),
     "calibration file foreign": _calibration(__file__, f"{__file__}:", "cannot be read", 'with "vllm-turboquant calibrate"'),
     "calibration shared": Refusal(
-        args={
-            "additional_config": {"turboquant": {"calibration": "auto"}},
-            "kv_transfer_config": _connector("ExampleConnector"),
-        },
-        parts=("--additional-config", "'auto'", "--kv-transfer-config", "name it on every server"),
+        args={"kv_transfer_config": _connector("ExampleConnector")},
+        parts=("--additional-config", "'auto', the default", "--kv-transfer-config", "name it on every server"),
     ),
     "backend": Refusal(
         args={"attention_backend": "FLASH_ATTN"},

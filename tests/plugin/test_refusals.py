@@ -36,7 +36,8 @@ def test_refused_by_llm(case: str, engine_config: EngineConfig, models: dict[str
 
 def test_every_connector_but_lmcache_passes(engine_config: EngineConfig) -> None:
     connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-    assert engine_config(kv_transfer_config=connector).cache_config.cache_dtype == "turboquant"
+    settings = {"turboquant": {"calibration": "off"}}
+    assert engine_config(kv_transfer_config=connector, additional_config=settings).cache_config.cache_dtype == "turboquant"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
-"""Speculative decoding and tensor parallelism over lossless pages: the answers of the plain server."""
+"""Speculative decoding and tensor parallelism over lossless pages: the answers of the plain server. Codes lose as much too."""
 
 from __future__ import annotations
 
 import json
 import random
+import statistics
 from pathlib import Path
 
 from .answers import assert_same, complete, story
-from .harness import LOSSLESS, Flags, ServerPool, side_by_side
+from .harness import LOSSLESS, Flags, Server, ServerPool, side_by_side
 from .test_lossless import EXTRA, flags
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
@@ -30,14 +31,42 @@ def test_ngram_speculation(pool: ServerPool, smollm2: Path, rng: random.Random) 
     assert_same(plain, speculated)
 
 
-def test_tensor_parallel(pool: ServerPool, tiny_models: dict[str, Path], rng: random.Random) -> None:
+def on_ranks(pool: ServerPool, model: Path, kv: str) -> list[Server]:
+    """A server of one rank and one of two."""
     extra = ("--max-model-len=512", "--max-num-batched-tokens=128", "--kv-cache-memory-bytes=64M", "--block-size=32")
-    one = Flags(tiny_models["llama"], LOSSLESS, extra=extra)
-    two = Flags(tiny_models["llama"], LOSSLESS, extra=(*extra, "--tensor-parallel-size=2"), cores=2)
-    pair = pool.get(one, two)
+    return pool.get(Flags(model, kv, extra=extra), Flags(model, kv, extra=(*extra, "--tensor-parallel-size=2"), cores=2))
+
+
+def test_tensor_parallel(pool: ServerPool, tiny_models: dict[str, Path], rng: random.Random) -> None:
+    pair = on_ranks(pool, tiny_models["llama"], LOSSLESS)
     prompts = [story(rng, words) for words in (2, 30, 90)]
     single, parallel = side_by_side(*(lambda s=s: [complete(s, p, 24) for p in prompts] for s in pair))
     assert_same(single, parallel)
     assert len({tuple(a.tokens) for a in single}) == len(prompts), "the model answers the same whatever is asked"
     # Each rank holds one of the two KV heads, so the same memory a rank holds twice the tokens.
     assert pair[1].cache_tokens() == 2 * pair[0].cache_tokens()
+
+
+def prompt_logprobs(server: Server, prompts: list[str]) -> list[float]:
+    """Of the prompts' own tokens: on a CPU their context is read back from the pages."""
+    found: list[float] = []
+    for prompt in prompts:
+        result = server.client().completions.create(model="m", prompt=prompt, max_tokens=1, temperature=0, logprobs=1, echo=True)
+        logprobs = result.choices[0].logprobs
+        assert logprobs is not None and logprobs.token_logprobs
+        found += [x for x in logprobs.token_logprobs[:-1] if x is not None]
+    return found
+
+
+def test_ranks_calibrate_their_own_heads(pool: ServerPool, tiny_models: dict[str, Path], rng: random.Random) -> None:
+    """Three-bit codes of the default calibration cost two ranks what they cost one."""
+    prompts = [story(rng, 90) for _ in range(3)]
+    exact = prompt_logprobs(on_ranks(pool, tiny_models["llama"], LOSSLESS)[0], prompts)
+    pair = on_ranks(pool, tiny_models["llama"], "turboquant-k3v3")
+    found = side_by_side(*(lambda s=s: prompt_logprobs(s, prompts) for s in pair))
+    assert all("calibrated in" in server.log() for server in pair)
+    moved = [statistics.mean(abs(x - y) for x, y in zip(one, exact, strict=True)) for one in found]
+    apart = statistics.mean(abs(x - y) for x, y in zip(*found, strict=True))
+    print(f"log-probabilities moved by {moved[0]:.4f} on one rank, {moved[1]:.4f} on two, {apart:.4f} apart")
+    # Sums over tokens and heads are rounded in other orders, which flips few codes.
+    assert apart < 0.2 * moved[0] and abs(moved[1] / moved[0] - 1) < 0.05
