@@ -92,11 +92,10 @@ class RecentUnits:
 
         # Units that are filled lose their frames, and get them back only where a request fills what it needs: other units' frames
         # hold what was there before. Another request of this batch may need such a unit as well, as a prefix that it shares.
-        own = self.frame_of[unit]
+        frame = self.frame_of[unit].to(torch.int64)
         filled = slot_mapping.clamp(min=-1) // UNIT_TOKENS
-        self.owner[self.frame_of[filled]] = -1
-        self.frame_of[filled] = -1
-        frame = torch.where(fills, own, self.frame_of[unit]).to(torch.int64)
+        self.owner.index_fill_(0, self.frame_of[filled].to(torch.int64), -1)
+        self.frame_of.index_fill_(0, filled, -1)
         self.step += 1
         self.stamp[frame] = self.step
 
@@ -106,7 +105,7 @@ class RecentUnits:
         taken = self.stamp[:-1].argsort(stable=True)[rank.clamp(max=self.frames - 1)]
         claims &= (rank < self.frames) & (self.stamp[taken] < self.step)
         taken = torch.where(claims, taken, -1)
-        self.frame_of[self.owner[taken]] = -1
+        self.frame_of.index_fill_(0, self.owner[taken], -1)
 
         frame = torch.where(fills, torch.maximum(frame, taken), -1)
         got = frame >= 0

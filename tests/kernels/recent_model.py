@@ -87,22 +87,34 @@ class Serving:
     def step(self):
         """The rows of a batch whose tokens then count as written."""
         if self.leftover and self.rng.random() < 0.1:
-            return [Row(None, r.length, r.new, r.table, [-1] * r.new, []) for r in self.leftover]
+            return [self.dummy(row.table) for row in self.rng.choices(self.leftover, k=3)]
         for request in list(self.running):
             if request.stored >= request.target:
                 self.release(request)
         while len(self.running) < self.RUNNING and len(self.free) > 3 and self.rng.random() < 0.5:
             self.start()
         batch = []
-        for request in list(self.running):
+        queue = list(self.running)
+        while queue:
+            request = queue.pop(0)
             if request not in self.running or (not self.everyone and self.rng.random() < 0.2):
                 continue
             row = self.schedule(request, {id(row.request) for row in batch})
             if row is not None:
                 batch.append(row)
+            if len(self.running) < self.RUNNING and len(self.free) > 3 and self.rng.random() < 0.5:
+                queue.append(self.start())  # may share what this very batch stores
         self.rng.shuffle(batch)
-        self.leftover = batch or self.leftover
+        self.leftover = (batch + self.leftover)[:10]
         return batch
+
+    def dummy(self, table):
+        """Stores nothing; its length and table are what some batch left."""
+        length = self.rng.randint(1, len(table) * self.size)
+        if self.rng.random() < 0.3:
+            length, table = len(table) * self.size, [-1] * len(table)
+        new = self.rng.randint(1, min(length, self.max_query_len + 2))
+        return Row(None, length, new, table, [-1] * new, [])
 
     def schedule(self, request, scheduled):
         left = len(request.prompt) - request.stored
@@ -113,6 +125,8 @@ class Serving:
             while not self.free:
                 victims = [r for r in self.running if r is not request and id(r) not in scheduled]
                 if not victims:
+                    if self.everyone:
+                        self.release(request)
                     return None
                 self.release(self.rng.choice(victims))
             request.blocks.append(self.allocate())
@@ -175,14 +189,14 @@ class Truth:
         for row, old in zip(batch, oldest, strict=True):
             writes = bool(row.slots) and row.slots[-1] >= 0 and row.slots[-1] // UNIT == self.unit(row, row.length - 1)
             needs.append({self.unit(row, p): p // UNIT * UNIT for p in range(old, row.length)} if writes else {})
-        for row, need in zip(batch, needs, strict=True):
-            for slot in row.slots:
-                if slot >= 0 and slot // UNIT not in need:
-                    self.frame_of.pop(slot // UNIT, None)
         for need in needs:
             for unit in need:
                 if unit in self.frame_of:
                     self.stamp[self.frame_of[unit]] = self.step
+        for row, need in zip(batch, needs, strict=True):
+            for slot in row.slots:
+                if slot >= 0 and slot // UNIT not in need:
+                    self.frame_of.pop(slot // UNIT, None)
         free = sorted((f for f in range(self.frames) if self.stamp[f] < self.step), key=lambda f: (self.stamp[f], f))
         for row, need in zip(batch, needs, strict=True):
             for unit, start in need.items():

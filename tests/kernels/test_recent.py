@@ -92,6 +92,29 @@ def test_empty_batches_change_nothing():
     assert bool((recent.frame_of == -1).all())
 
 
+def test_requests_without_new_tokens_claim_nothing():
+    """Even where the token before theirs in the batch fills their last unit."""
+    recent = RecentUnits(8, 4, 8, 64, 1, 16, torch.device("cpu"))
+    table = torch.tensor([[3], [3], [3]], dtype=torch.int32)
+    lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([5, 7, 9], [0, 1, 1, 2]))
+    recent.claim(table, lengths, starts, torch.tensor([3 * 16 + 4, -1]))
+    assert recent.frame_of.tolist() == [-1, -1, -1, 0, -1, -1, -1, -1, -1]
+    assert int(recent.first[0]) == 4 and recent.ends.tolist() == [4, 7, 9, 0, 0, 0, 0, 0]
+
+
+def test_a_shared_unit_that_is_rewritten_loses_its_old_frame():
+    """Requests of one batch share a page: one stores it long before its window, the other has it in its window."""
+    recent = RecentUnits(8, 8, 8, 16, 1, 16, torch.device("cpu"))
+
+    def claim(table, lengths, starts, slots):
+        recent.claim(*(torch.tensor(x, dtype=torch.int32) for x in (table, lengths, starts)), torch.tensor(slots))
+
+    claim([[5]], [16], [0, 16], list(range(80, 96)))
+    assert int(recent.frame_of[5]) == 0
+    claim([[5, 6, 7], [5, 4, -1]], [48, 17], [0, 48, 49], [*range(80, 128), 64])
+    assert int(recent.frame_of[5]) == -1 and recent.ends.tolist()[:2] == [48, 16]
+
+
 @pytest.mark.parametrize("tokens", (1, 16, 17, 64, 66, 79, 80, 81))
 def test_units_needed(tokens):
     touched = max(len({position // 16 for position in range(first, first + tokens)}) for first in range(16))
