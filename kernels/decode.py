@@ -14,6 +14,7 @@ import triton.language as tl
 from .basis import KeyBasis
 from .combine import combine, plan_decode
 from .format import PageFormat
+from .softmax import add_scores, cap_scores
 from .tables import check_pages, level_arguments, next_power_of_2, page_arguments
 from .transform import key_matrix, rotation_matrix, sketch_key_matrix, transform_rows
 from .vectors import bucket_of, codes_to_vectors, load_codes, load_rows, load_scalars, token_units
@@ -126,20 +127,15 @@ def _decode_kernel(
             scores += tl.dot(q_sketch_rows, tl.trans(signs), input_precision=PRECISION)
         scores *= scale
         if SOFT_CAP:
-            scores = soft_cap * (2.0 / (1.0 + tl.exp(-2.0 * scores / soft_cap)) - 1.0)
+            scores = cap_scores(scores, soft_cap)
         visible = live[None, :] & (n[None, :] <= position[:, None]) & asked[:, None]
         if WINDOW > 0:
             visible &= n[None, :] > position[:, None] - WINDOW
         scores = tl.where(visible, scores, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        weights = tl.exp(scores - base[:, None])
-        shrink = tl.exp(peak - base)
-        total = total * shrink + tl.sum(weights, axis=1)
+        weights, shrink, peak, total = add_scores(scores, peak, total)
         codes = load_codes(unit, token, live, value_table, V0, V1, V2, BN, DP)
         v = codes_to_vectors(codes, unit, token, live, value_scalars, value_levels, 0.0, 0.0, False, VALUE_BITS, D, GROUP, DP)
         acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
-        peak = new_peak
 
     part = ((request.to(tl.int64) * kv_heads + head) * rows + row) * splits + split
     tl.store(partial + part[:, None] * D + d[None, :], acc, mask=q_mask)

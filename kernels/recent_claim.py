@@ -26,6 +26,12 @@ def frame_bytes(kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
     return 2 * UNIT_TOKENS * kv_heads * head_size * dtype.itemsize
 
 
+def check_pools(recent_key: torch.Tensor, recent_value: torch.Tensor, kv_heads: int, d: int) -> None:
+    """Asserts that a layer's pools are ``[F, 16, kv_heads, d]`` and contiguous."""
+    assert recent_key.is_contiguous() and recent_value.is_contiguous() and recent_key.dtype == recent_value.dtype
+    assert recent_key.shape == recent_value.shape and recent_key.shape[1:] == (UNIT_TOKENS, kv_heads, d), recent_key.shape
+
+
 class RecentUnits:
     """Frames of the units of all layers that share a block table. A layer's pools are ``[frames, 16, Hk, d]``.
 

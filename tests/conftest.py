@@ -8,10 +8,13 @@ import random
 import pytest
 
 if not os.path.exists("/dev/nvidiactl") and importlib.util.find_spec("triton"):
-    # Triton chooses between compiler and interpreter when a function is decorated, its own library's at import, which
-    # torch may do. Unset again, so that servers which tests start do not inherit it; `test_triton.py` sets it for its runs.
+    # Triton chooses between compiler and interpreter when a function is decorated: its own library's functions at import,
+    # which torch may do, and ours at the first import by any test. Unset again, so that servers which tests start do not
+    # inherit it; `kernels/interpreted.py` sets it for its runs.
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("triton.language")
+    for module in ("combine", "decode", "prefill", "recent_attend", "recent_keep", "store"):
+        importlib.import_module(f"vllm_turboquant.kernels.{module}")
     del os.environ["TRITON_INTERPRET"]
 
 

@@ -162,15 +162,15 @@ def _read(path: Path, rank: int | None) -> tuple[Identity, dict[str, torch.Tenso
                 raise CalibrationFileError("is not a calibration file of vllm-turboquant")
             if header["format"] != FORMAT:
                 raise CalibrationFileError(f"has format {header['format']}, allowed is {FORMAT}")
-            fields = header["identity"]
+            fields, checksum = header["identity"], header["checksum"]
             layers = {name: (heads, d) for name, (heads, d) in fields["layers"].items()}
             identity = Identity(**fields | {"layers": layers, "fingerprints": tuple(fields["fingerprints"])})
             tensors = {} if rank is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     except (SafetensorError, OSError) as error:
         raise CalibrationFileError(f"cannot be read ({error})") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CalibrationFileError(f"has a broken header ({error})") from error
-    if rank is not None and _checksum(tensors) != header["checksum"]:
+    if rank is not None and _checksum(tensors) != checksum:
         raise CalibrationFileError("is damaged: its checksum does not match")
     return identity, tensors
 

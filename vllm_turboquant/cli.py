@@ -70,8 +70,7 @@ def _calibrate(given: argparse.Namespace) -> int:
 
 
 def _evaluate(given: argparse.Namespace) -> int:
-    from .evaluation import EvaluatedModel
-    from .evaluation.calibrate import calibrate
+    from .evaluation.calibrate import served_model
     from .evaluation.codecs import NAMES
     from .evaluation.run import all_cases, rows
 
@@ -80,9 +79,7 @@ def _evaluate(given: argparse.Namespace) -> int:
         print(f"vllm-turboquant: error: --only {' '.join(unknown)}: allowed are {', '.join(NAMES)}", file=sys.stderr)
         return 2
     cases = [case for case in all_cases() if not given.only or case.name in given.only]
-    model = EvaluatedModel(given.model)
-    model.subtract_key_bias(given.served)
-    bases = calibrate(model, given.served) if any(case.calibrated for case in cases) else None
+    model, bases = served_model(given.model, cases, given.served)
     columns = "{:8} {:40} {:>6}  {:>8} {:>8}  {:>6} {:>8}"
     print(columns.format("context", "dtype", "bytes", "KL", "error", "top-1", "ppl"))
     for row in rows(model, Path(given.model).name, cases, given.contexts, bases, given.tokens):

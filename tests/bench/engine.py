@@ -31,7 +31,7 @@ from .rows import append_row
 SHAPES = ((48, 8192, 1), (1, 32768, 5))  # requests, tokens of a prompt, runs
 OUTPUT_TOKENS = 65
 MAX_REQUESTS = 256
-MODES = {"--memory": "memory", "--start": "start"}
+MODES = ("--memory", "--start")
 CONTEXTS = (8192, 131000)  # tokens of the one request whose memory is watched
 
 
@@ -123,7 +123,7 @@ def measure_memory(dtype: str) -> dict[str, object]:
 def main() -> None:
     modes = [argument for argument in sys.argv[1:] if argument in ("--full", *MODES)]
     arguments = [argument for argument in sys.argv[1:] if argument not in modes]
-    results = next((MODES[mode] for mode in modes if mode in MODES), "engine")
+    results = next((mode.removeprefix("--") for mode in modes if mode in MODES), "engine")
     if arguments[0] == "--one":
         if results == "start":
             row = named(arguments[1]) | {"start_s": round(start(arguments[1], 40960)[1], 1)}

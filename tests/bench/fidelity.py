@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from vllm_turboquant.evaluation import EvaluatedModel, retrieval
-from vllm_turboquant.evaluation.calibrate import calibrate
+from vllm_turboquant.evaluation import retrieval
+from vllm_turboquant.evaluation.calibrate import served_model
 from vllm_turboquant.evaluation.run import all_cases, rows
 
 from .rows import write_row
@@ -34,10 +34,8 @@ def main() -> None:
     parser.add_argument("--needle", type=int, nargs="+", metavar="LENGTH", help="needle retrieval instead of divergence")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="dtypes; default all")
     arguments = parser.parse_args()
-    model, name = EvaluatedModel(arguments.model), Path(arguments.model).name
-    model.subtract_key_bias(arguments.served)
     chosen = [case for case in all_cases() if not arguments.only or case.name in arguments.only]
-    bases = calibrate(model, arguments.served) if any(case.calibrated for case in chosen) else None
+    (model, bases), name = served_model(arguments.model, chosen, arguments.served), Path(arguments.model).name
     card = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
     common = {"served": arguments.served, "card": card, "torch": torch.__version__, "transformers": transformers.__version__}
     if arguments.needle:

@@ -169,9 +169,10 @@ def draw_fidelity() -> None:
         "vLLM's dtypes": lambda case: not is_ours(case[0]) and not case[2],
         "with 4 layers in bf16": lambda case: case[2] > 0,
     }
+    served = {case: rows for case, rows in fidelity_rows().items() if "qjl" not in case[0]}
     for axes, model in zip(panels, MODELS, strict=True):
         for marker, (label, belongs) in zip("o^sD", kinds.items(), strict=True):
-            rows = [rows[model, CONTEXTS[-1]] for case, rows in fidelity_rows().items() if belongs(case) and "qjl" not in case[0]]
+            rows = [rows[model, CONTEXTS[-1]] for case, rows in served.items() if belongs(case)]
             axes.plot([row["bytes_d128"] for row in rows], [row["kl"] for row in rows], marker, label=label)
             for row in rows:
                 name = row["name"].removeprefix("turboquant").lstrip("-_") or "k4v4"

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from vllm_turboquant.kernels.recent import RecentUnits, attend_recent, frames_needed, keep
+from vllm_turboquant.kernels.recent_attend import attend_recent
+from vllm_turboquant.kernels.recent_claim import RecentUnits, frames_needed
+from vllm_turboquant.kernels.recent_keep import keep
 
 from ..kernels.recent_oracle import make_recent, merged
 

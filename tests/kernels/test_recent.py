@@ -1,34 +1,17 @@
 """The newest tokens beside the pages: which units have frames, against a slow model; their copy, and attention to them."""
 
 import math
-import os
 import random
 
 import pytest
 import torch
-
-if torch.cuda.is_available():
-    pytest.skip("kernels run compiled here: see tests/gpu", allow_module_level=True)
-pytest.importorskip("triton")
-
-# Decides at decoration time; unset again, so that servers which other tests start do not inherit it.
-os.environ["TRITON_INTERPRET"] = "1"
-try:
-    from vllm_turboquant.kernels.recent import attend_recent, keep
-finally:
-    del os.environ["TRITON_INTERPRET"]
-
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_turboquant.kernels.recent_claim import RecentUnits, frame_bytes, frames_needed, units_needed
 
+from .interpreted import attend_recent, interpret, keep  # noqa: F401
 from .recent_model import Serving, Truth, as_tensors
 from .recent_oracle import make_recent, merged
-
-
-@pytest.fixture(autouse=True)
-def interpret(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def run_schedule(seed, window, max_query_len, block_size, frames, steps=150, everyone=False):

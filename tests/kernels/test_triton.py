@@ -3,41 +3,19 @@
 The same kernels meet the whole grid on a card (tests/gpu); here every preset and every branch runs once.
 """
 
-import os
-
 import pytest
 import torch
-
-if torch.cuda.is_available():
-    pytest.skip("kernels run compiled here: see tests/gpu", allow_module_level=True)
-pytest.importorskip("triton")
-
-# Decides at decoration time; unset again, so that servers which other tests start do not inherit it.
-os.environ["TRITON_INTERPRET"] = "1"
-try:
-    from vllm_turboquant.kernels.combine import plan_decode
-    from vllm_turboquant.kernels.decode import decode
-    from vllm_turboquant.kernels.prefill import load_context
-    from vllm_turboquant.kernels.store import store
-finally:
-    del os.environ["TRITON_INTERPRET"]
 
 from vllm_turboquant.kernels import reference
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 from vllm_turboquant.kernels.packing import write_tokens
 
+from .interpreted import decode, interpret, load_context, plan_decode, store  # noqa: F401
 from .oracle import around_means, make_batch, random_basis
 
 ALL = (*PRESETS, LOSSLESS_PRESET)
 # fp32 against float64: sums of at most a few hundred terms, after an fp32 rotation.
 FP32 = {"rtol": 1e-4, "atol": 1e-5}
-
-
-@pytest.fixture(autouse=True)
-def interpret(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    # Two or three splits instead of 64: the interpreter runs one program after the other.
-    monkeypatch.setattr("vllm_turboquant.kernels.combine._PROGRAMS", 16)
 
 
 @pytest.mark.parametrize("preset", ALL)

@@ -107,6 +107,14 @@ def test_other_files_are_told_apart(written: Path, tmp_path: Path) -> None:
     save_file(tensors, other, metadata={"turboquant-calibration": json.dumps(header | {"format": 99})})
     with pytest.raises(CalibrationFileError, match="has format 99, allowed is 2"):
         load(other, 0)
+    for lost in header:
+        save_file(tensors, other, metadata={"turboquant-calibration": json.dumps({k: v for k, v in header.items() if k != lost})})
+        with pytest.raises(CalibrationFileError, match="has a broken header"):
+            load(other, 0)
+    for broken in ("7", "[]", '"text"', "{", '{"format": 2, "checksum": "", "identity": {"layers": []}}'):
+        save_file(tensors, other, metadata={"turboquant-calibration": broken})
+        with pytest.raises(CalibrationFileError, match="has a broken header"):
+            load(other, 0)
     with pytest.raises(CalibrationFileError, match="cannot be read"):
         load(tmp_path / "missing", 0)
     with pytest.raises(CalibrationFileError, match="lacks tensors of layer"):

@@ -9,7 +9,17 @@ import torch
 from ..kernels.basis import KeyBasis
 from ..kernels.statistics import bucket_shifts, bucket_tokens, shifts
 from ..texts import CALIBRATION_CONTEXT, CALIBRATION_TOKENS, blocks
+from .codecs import Case
 from .model import EvaluatedModel
+
+
+def served_model(path: str, cases: Sequence[Case], served: int) -> tuple[EvaluatedModel, list[KeyBasis] | None]:
+    """The model in a folder as engines for ``served`` tokens have it: data-free cases without the key bias, and the bases of the
+    calibrated ones, None where there are none.
+    """
+    model = EvaluatedModel(path)
+    model.subtract_key_bias(served)
+    return model, calibrate(model, served) if any(case.calibrated for case in cases) else None
 
 
 def calibrate(model: EvaluatedModel, served: int, texts: Sequence[torch.Tensor] | None = None) -> list[KeyBasis]:

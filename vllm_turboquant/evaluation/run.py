@@ -27,9 +27,9 @@ def all_cases() -> list[Case]:
     ours = [Case(name, calibrated) for name in PRESETS for calibrated in (False, True)]
     sinks = [Case(name, True, sinks=_SINKS) for name in ("turboquant", "turboquant-k4v3", "turboquant-k3v3")]
     window = [
-        Case(name, calibrated, sinks=sinks, window=_WINDOW)
+        Case(name, calibrated, sinks=exact, window=_WINDOW)
         for name in ("turboquant-k3v3", "turboquant-k2v2")
-        for calibrated, sinks in ((False, 0), (True, 0), (True, _SINKS))
+        for calibrated, exact in ((False, 0), (True, 0), (True, _SINKS))
     ]
     return [Case("auto"), Case("fp8"), Case("int4_per_token_head"), *rivals, *ours, *sinks, *window]
 

@@ -1,7 +1,6 @@
-"""The newest tokens of running requests, kept exactly beside the compressed pages: a copy of what is stored, and attention to it.
+"""Attention to the tokens that frames hold exactly, merged into that of the compressed tokens before them.
 
-`RecentUnits` says which units of 16 tokens have a frame in the pools of exact keys and values. The compressed decode leaves out
-what frames hold, `attend_recent` merges it in. Lengths are read on the device and grids depend on shapes alone.
+The compressed decode leaves out what frames hold. Lengths are read on the device and grids depend on shapes alone.
 """
 
 from __future__ import annotations
@@ -11,95 +10,11 @@ import triton
 import triton.language as tl
 
 from .format import UNIT_TOKENS
-from .recent_claim import RecentUnits, frame_bytes, frames_needed
+from .recent_claim import check_pools
+from .softmax import add_scores, cap_scores
 from .tables import next_power_of_2
 
 _ROWS = 64  # query rows a program holds at most
-_ELEMENTS = 2048  # that a program copies at most
-
-
-@triton.jit(do_not_specialize=["tokens", "kv_heads"])
-def _keep_kernel(
-    key,
-    value,
-    slot_mapping,
-    recent_key,
-    recent_value,
-    frame_of,
-    mean,
-    tokens,
-    kv_heads,
-    key_stride_token,
-    key_stride_head,
-    value_stride_token,
-    value_stride_head,
-    MEAN: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BT: tl.constexpr,
-):
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    head = tl.program_id(1)
-    slot = tl.load(slot_mapping + t, mask=t < tokens, other=-1).to(tl.int64)
-    frame = tl.load(frame_of + slot // 16, mask=slot >= 0, other=-1).to(tl.int64)
-    d = tl.arange(0, DP)
-    live = (frame >= 0)[:, None] & (d < D)[None, :]
-    target = ((frame * 16 + slot % 16) * kv_heads + head)[:, None] * D + d[None, :]
-    t = t.to(tl.int64)[:, None]
-    if tl.program_id(2) == 0:
-        x = tl.load(key + t * key_stride_token + head.to(tl.int64) * key_stride_head + d[None, :], mask=live, other=0.0)
-        if MEAN:
-            x = (x.to(tl.float32) - tl.load(mean + head * D + d, mask=d < D, other=0.0)[None, :]).to(x.dtype)
-        tl.store(recent_key + target, x, mask=live)
-    else:
-        x = tl.load(value + t * value_stride_token + head.to(tl.int64) * value_stride_head + d[None, :], mask=live, other=0.0)
-        tl.store(recent_value + target, x, mask=live)
-
-
-def keep(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    recent_key: torch.Tensor,
-    recent_value: torch.Tensor,
-    frame_of: torch.Tensor,
-    mean: torch.Tensor | None = None,
-) -> None:
-    """Copies new tokens whose unit has a frame into it; writes nothing else.
-
-    key, value: floating ``[T', Hk, d]``, T' >= T, last dim contiguous. slot_mapping: int64 ``[T]``; negative slots are skipped.
-    recent_key, recent_value: ``[F, 16, Hk, d]`` of the same dtype, contiguous. frame_of: of `RecentUnits`, claimed for this step.
-    mean: fp32 ``[Hk, d]`` contiguous, subtracted from keys: that to which the scores of the compressed tokens are relative.
-    """
-    tokens, (heads, d) = slot_mapping.shape[0], key.shape[1:]
-    assert key.stride(2) == 1 and value.stride(2) == 1 and value.shape[1:] == key.shape[1:]
-    _check_pools(recent_key, recent_value, heads, d)
-    assert key.dtype == value.dtype == recent_key.dtype and key.shape[0] >= tokens and value.shape[0] >= tokens
-    assert mean is None or (mean.is_contiguous() and mean.shape == (heads, d) and mean.dtype == torch.float32)
-    if tokens == 0:
-        return
-    dp = next_power_of_2(d)
-    bt = min(16, _ELEMENTS // dp)
-    _keep_kernel[(triton.cdiv(tokens, bt), heads, 2)](
-        key,
-        value,
-        slot_mapping,
-        recent_key,
-        recent_value,
-        frame_of,
-        mean,
-        tokens,
-        heads,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        MEAN=mean is not None,
-        D=d,
-        DP=dp,
-        BT=bt,
-        num_warps=4,
-    )
 
 
 @triton.jit(do_not_specialize=["table_stride", "kv_heads", "q_per_kv", "max_query_len"])
@@ -187,19 +102,14 @@ def _attend_kernel(
             k = tl.load(recent_key + source, mask=inside, other=0.0).to(tl.float32)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             if SOFT_CAP:
-                scores = soft_cap * (2.0 / (1.0 + tl.exp(-2.0 * scores / soft_cap)) - 1.0)
+                scores = cap_scores(scores, soft_cap)
             visible = live[None, :] & (n[None, :] <= position[:, None]) & asked[:, None]
             if WINDOW > 0:
                 visible &= n[None, :] > position[:, None] - WINDOW
             scores = tl.where(visible, scores, -float("inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-            base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-            weights = tl.exp(scores - base[:, None])
-            shrink = tl.exp(peak - base)
-            total = total * shrink + tl.sum(weights, axis=1)
+            weights, shrink, peak, total = add_scores(scores, peak, total)
             v = tl.load(recent_value + source, mask=inside, other=0.0).to(tl.float32)
             acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
-            peak = new_peak
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(target, result.to(out.dtype.element_ty), mask=mask)
 
@@ -238,7 +148,7 @@ def attend_recent(
     """
     heads, d = query.shape[1:]
     kv_heads, requests = recent_key.shape[2], seq_lens.shape[0]
-    _check_pools(recent_key, recent_value, kv_heads, d)
+    check_pools(recent_key, recent_value, kv_heads, d)
     assert heads % kv_heads == 0 and query.stride(2) == 1 and out.stride(2) == 1 and block_table.stride(1) == 1
     assert lse.dtype == torch.float32 and lse.shape == query.shape[:2] == out.shape[:2] and block_size % UNIT_TOKENS == 0
     if requests == 0:
@@ -282,11 +192,3 @@ def attend_recent(
         num_warps=4 if dp <= 128 else 8,
         num_stages=1,
     )
-
-
-def _check_pools(recent_key: torch.Tensor, recent_value: torch.Tensor, kv_heads: int, d: int) -> None:
-    assert recent_key.is_contiguous() and recent_value.is_contiguous() and recent_key.dtype == recent_value.dtype
-    assert recent_key.shape == recent_value.shape and recent_key.shape[1:] == (UNIT_TOKENS, kv_heads, d), recent_key.shape
-
-
-__all__ = ["RecentUnits", "attend_recent", "frame_bytes", "frames_needed", "keep"]
