@@ -62,6 +62,11 @@ class KeyBasis:
         return self.means.shape[1]
 
     @cached_property
+    def mean(self) -> torch.Tensor:
+        """``means[0]``, to which all scores of the head are relative, fp32 ``[Hk, d]``."""
+        return self.means[:, 0].contiguous()
+
+    @cached_property
     def offsets(self) -> torch.Tensor:
         """``forward (means - means[0])``, fp32 ``[Hk, B, d]``."""
         return self._stored(self.means - self.means[:, :1])

@@ -46,15 +46,20 @@ class VectorCodec:
 
 @dataclass(frozen=True)
 class Preset:
-    """One value of ``--kv-cache-dtype``."""
+    """One value of ``--kv-cache-dtype``. ``recent``: the newest tokens of a request that are kept exactly beside the pages."""
 
     name: str
     key: VectorCodec
     value: VectorCodec
+    recent: int = 0
 
 
-def _preset(name: str, key: VectorCodec, value: VectorCodec) -> tuple[str, Preset]:
-    return name, Preset(name, key, value)
+# A query attends mostly to what is near it: where codes are this coarse, these few tokens carry most of the error.
+RECENT_TOKENS = 64
+
+
+def _preset(name: str, key: VectorCodec, value: VectorCodec, recent: int = 0) -> tuple[str, Preset]:
+    return name, Preset(name, key, value, recent)
 
 
 PRESETS: dict[str, Preset] = dict(
@@ -62,14 +67,20 @@ PRESETS: dict[str, Preset] = dict(
         _preset(DEFAULT_PRESET, VectorCodec(4), VectorCodec(4)),
         _preset("turboquant-k8v4", VectorCodec(8), VectorCodec(4)),
         _preset("turboquant-k4v3", VectorCodec(4), VectorCodec(3)),
-        _preset("turboquant-k3v3", VectorCodec(3), VectorCodec(3)),
-        _preset("turboquant-k2v2", VectorCodec(2), VectorCodec(2)),
+        _preset("turboquant-k3v3", VectorCodec(3), VectorCodec(3), RECENT_TOKENS),
+        _preset("turboquant-k2v2", VectorCodec(2), VectorCodec(2), RECENT_TOKENS),
         _preset("turboquant-k4v4-qjl", VectorCodec(3, sketch=True), VectorCodec(4)),
     )
 )
 # Same pages and tables, raw fp32 instead of codes: separates plumbing bugs from codec loss. Registered only on request.
 LOSSLESS_PRESET = "turboquant-debug-lossless"
-DEBUG_PRESETS: dict[str, Preset] = dict((_preset(LOSSLESS_PRESET, VectorCodec(32), VectorCodec(32)),))
+LOSSLESS_RECENT_PRESET = "turboquant-debug-recent"
+DEBUG_PRESETS: dict[str, Preset] = dict(
+    (
+        _preset(LOSSLESS_PRESET, VectorCodec(32), VectorCodec(32)),
+        _preset(LOSSLESS_RECENT_PRESET, VectorCodec(32), VectorCodec(32), RECENT_TOKENS),
+    )
+)
 
 # Bit of the sign of each of the 8 dims of a 4-bit word; the magnitude of dim n is always in bits 4n..4n+2. The places
 # make the sign land on the right bit of the decoded fp16 pair with one shift and one mask.

@@ -15,6 +15,7 @@ from .basis import KeyBasis, by_head, of_bucket, rotate, turn_keys, turn_queries
 from .codec import decode_vectors, encode_vectors, to_e4m3
 from .format import PageFormat, Preset, VectorCodec, page_format, scale_group
 from .packing import pack_plane, read_tokens, unpack_plane, write_tokens
+from .recent_reference import Recent
 from .rotation import ROTATION_SEED, sketch_matrix
 
 
@@ -154,6 +155,7 @@ def attend(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     basis: KeyBasis | None = None,
+    recent: Recent | None = None,
     seed: int = ROTATION_SEED,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
@@ -162,14 +164,16 @@ def attend(
     query: floating ``[T', Hq, d]``. block_table: int ``[R, >= blocks]``. seq_lens: int ``[R]``, the query tokens included.
     query_start_loc: int ``[R + 1]``. ``window``: a token sees itself and the ``window - 1`` before it. ``sinks``: ``[Hq]``
     logits that take part in the softmax without a value. basis: that of `store`; one with a mean shifts all logits of a query
-    alike, which soft cap and sinks would see. Returns ``[T', Hq, d]`` in ``dtype``; rows of no request and of
-    requests of length 0 are 0. Only blocks that a query token can see are read.
+    alike, which soft cap and sinks would see. recent: where the newest tokens are
+    read instead. Returns ``[T', Hq, d]`` in ``dtype``; rows of no request and of requests of length 0 are 0. Only blocks that a
+    query token can see are read.
     """
     block_size, kv_heads = cache.shape[2], cache.shape[1]
     tokens, heads, head_size = query.shape
     out = torch.zeros(tokens, heads, head_size, dtype=dtype, device=query.device)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     requests: list[tuple[int, int, int, int]] = []
+    rows_of: list[int] = []
     wanted: list[torch.Tensor] = []
     places: list[torch.Tensor] = []
     for row, length in enumerate(lengths):
@@ -179,12 +183,16 @@ def attend(
         oldest = 0 if window is None else max(0, length - rows - window + 1)
         first, last = oldest // block_size, -(-length // block_size)
         requests.append((starts[row], rows, length - first * block_size, last - first))
+        rows_of.append(row)
         wanted.append(block_table[row, first:last].to(torch.int64))
         places.append(torch.arange(first, last, device=cache.device) * block_size)
     if not requests:
         return out
     keys, values = load(cache, torch.cat(wanted), fmt, basis, torch.cat(places), seed, dtype)
     q = turn_queries(query.to(dtype).view(tokens, kv_heads, heads // kv_heads, head_size), fmt, seed, basis)
+    if recent is not None:
+        ends = [recent.ends[row].expand(len(blocks)) for row, blocks in zip(rows_of, wanted, strict=True)]
+        recent.overlay(keys, values, torch.cat(wanted), torch.cat(places), torch.cat(ends), fmt, basis, seed)
     base = 0
     for start, rows, length, blocks in requests:
         k, v = keys[base : base + length], values[base : base + length]

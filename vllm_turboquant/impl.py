@@ -12,13 +12,15 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from .config import FLAG, SERVE_PLAIN, refuse
-from .kernels import reference
+from .kernels import recent_reference, reference
 from .kernels.basis import KeyBasis
 from .kernels.format import DEFAULT_PRESET, PageFormat, page_format, scale_group
-from .positions import token_positions
+from .kernels.recent_claim import RecentUnits
+from .step import step_metadata
 
 if TYPE_CHECKING:
     from .metadata import TurboQuantMetadata
+    from .recent import RecentPools
 
 # Head sizes of the compressed layers of the model that this process builds, draft layers included. vLLM asks a backend
 # class for a layer's bytes without naming the model, and bytes must be proportional to the head size within one model.
@@ -76,6 +78,8 @@ class TurboQuantImpl(AttentionImpl):
         self.sinks = sinks
         # How keys are stored, in all pages of this layer; None is the plain rotation. Calibration sets it before there are pages.
         self.basis: KeyBasis | None = None
+        # Where the newest tokens are kept exactly; None for presets without recent window, and where it cannot be.
+        self.recent: RecentPools | None = None
         # Page sizes for which warm-up found a CUDA kernel usable; the portable ones serve the others.
         self.cuda_decode_pages: set[int] = set()
         self.cuda_context_pages: set[int] = set()
@@ -107,19 +111,27 @@ class TurboQuantImpl(AttentionImpl):
     ) -> None:
         """Stores new tokens: key, value ``[T', Hk, d]``, pages uint8 ``[B, Hk, N, C]``, slot_mapping int64 ``[T]``."""
         positions: torch.Tensor | None = None
-        if self.basis is not None and self.basis.buckets > 1:
-            positions = token_positions(layer.layer_name, self.preset)
-            if positions is None:
+        recent: RecentUnits | None = None
+        by_position = self.basis is not None and self.basis.buckets > 1
+        if by_position or self.recent is not None:
+            meta = step_metadata(layer.layer_name, self.preset)
+            if meta is None:
                 return
-            # Slots may be padded further, with -1.
-            slot_mapping = slot_mapping[: len(positions)]
-            positions = positions[: len(slot_mapping)]
+            recent = meta.recent
+            if by_position:
+                assert meta.positions is not None, "the metadata builder refuses batches without"
+                # Slots may be padded further, with -1.
+                slot_mapping = slot_mapping[: len(meta.positions)]
+                positions = meta.positions[: len(slot_mapping)]
         if key.is_cuda:
+            from .kernels.recent_keep import keep
             from .kernels.store import store
-
-            store(key, value, kv_cache, slot_mapping, self.format, self.basis, positions)
         else:
-            reference.store(key, value, kv_cache, slot_mapping, self.format, self.basis, positions)
+            store, keep = reference.store, recent_reference.keep
+        store(key, value, kv_cache, slot_mapping, self.format, self.basis, positions)
+        if self.recent is not None and recent is not None:
+            mean = None if self.basis is None else self.basis.mean
+            keep(key, value, slot_mapping, self.recent.key, self.recent.value, recent.frame_of, mean)
 
     def forward(
         self,
@@ -152,6 +164,9 @@ class TurboQuantImpl(AttentionImpl):
         return output
 
     def _forward_cpu(self, query: torch.Tensor, kv_cache: torch.Tensor, meta: TurboQuantMetadata, out: torch.Tensor) -> None:
+        recent = None
+        if self.recent is not None and meta.recent is not None:
+            recent = recent_reference.Recent(self.recent.key, self.recent.value, meta.recent.frame_of, meta.recent.ends)
         attended = reference.attend(
             query,
             kv_cache,
@@ -164,6 +179,7 @@ class TurboQuantImpl(AttentionImpl):
             soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
             basis=self.basis,
+            recent=recent,
             # Not for accuracy: rows must not depend on the batch that they are computed in, or the next layer's codes would.
             dtype=torch.float64,
         )
@@ -188,6 +204,7 @@ class TurboQuantImpl(AttentionImpl):
                 meta.query_start_loc[: meta.decodes + 1],
                 out[:n],
                 meta.max_query_len,
+                meta.recent,
             )
         if meta.prefill is not None:
             from .prefill import attend_prefill
@@ -205,11 +222,15 @@ class TurboQuantImpl(AttentionImpl):
         query_start_loc: torch.Tensor,
         out: torch.Tensor,
         max_query_len: int,
+        recent: RecentUnits | None = None,
     ) -> None:
-        """Attention of at most ``max_query_len`` tokens a request, all read from the pages, as ``kernels.decode`` has it."""
+        """Attention of at most ``max_query_len`` tokens a request, as ``kernels.decode`` has it: read from the pages, and from
+        exact tokens where ``recent`` has them.
+        """
         from .kernels import decode as portable
         from .kernels.combine import plan_decode
         from .kernels.cuda import launch
+        from .kernels.recent_attend import attend_recent
         from .workspace import decode_scratch
 
         kv_heads, group = self.num_kv_heads, self.num_heads // self.num_kv_heads
@@ -220,22 +241,17 @@ class TurboQuantImpl(AttentionImpl):
             kernel = portable.decode
             plan = plan_decode(len(seq_lens), len(query), self.num_heads, kv_heads, self.head_size, max_query_len)
             floats = plan.floats
-        kernel(
-            query,
-            kv_cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            out,
-            decode_scratch(floats),
-            self.format,
-            self.scale,
-            max_query_len,
-            window=self.sliding_window,
-            soft_cap=self.logits_soft_cap,
-            sinks=self.sinks,
-            basis=self.basis,
-        )
+        scratch, lse = decode_scratch(floats, query.shape[:2])
+        batch = block_table, seq_lens, query_start_loc
+        options = {"window": self.sliding_window, "soft_cap": self.logits_soft_cap, "sinks": self.sinks}
+        exact = None if self.recent is None else recent
+        before = {} if exact is None else {"ends": exact.ends, "lse": lse}
+        settings = self.format, self.scale, max_query_len
+        kernel(query, kv_cache, *batch, out, scratch, *settings, **options, basis=self.basis, **before)
+        if self.recent is not None and exact is not None:
+            pools, block_size = (self.recent.key, self.recent.value), kv_cache.shape[2]
+            at = exact.frame_of, *batch, exact.ends
+            attend_recent(query, out, lse, *pools, *at, self.scale, block_size, max_query_len, **options)
 
 
 def compressed_layers(vllm_config: VllmConfig, names: Collection[str] | None = None) -> list[TurboQuantImpl]:

@@ -14,7 +14,9 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .config import FLAG, OFF, refuse
 from .impl import compressed_layers
+from .kernels.recent_claim import RecentUnits
 from .plan import PrefillPlan, drafts_with_a_model, plan_prefill
+from .recent import RecentWindow, reserve_pools
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -29,7 +31,8 @@ class TurboQuantMetadata(AttentionMetadata):
     query_start_loc: int32 ``[R + 1]``. seq_lens: int32 ``[R]``, new tokens included. block_table: int32 ``[R, blocks]``.
     slot_mapping: int64 ``[T]``, -1 for padding. positions: int64 ``[T]``, of tokens in their sequences; None only where no
     layer's keys are stored by position. max_query_len: a bound for decodes, the same in every step. prefill: None without
-    prefills and on a CPU, where one path serves all.
+    prefills and on a CPU, where one path serves all. recent: which newest tokens are also kept exactly, claimed for this step;
+    None where none are.
     """
 
     num_actual_tokens: int
@@ -42,6 +45,7 @@ class TurboQuantMetadata(AttentionMetadata):
     decode_tokens: int
     max_query_len: int
     prefill: PrefillPlan | None
+    recent: RecentUnits | None = None
 
 
 class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
@@ -57,6 +61,8 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         bases = [impl.basis for impl in compressed_layers(vllm_config, layer_names)]
         self.by_position = any(basis is not None and basis.buckets > 1 for basis in bases)
         _log_compression(kv_cache_spec, vllm_config)
+        reserve_pools(vllm_config, device)
+        self.recent = RecentWindow.of(vllm_config, layer_names, device)
         if self.on_gpu:
             from .warmup import warm_up
             from .workspace import max_query_len, reserve
@@ -89,6 +95,14 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         threshold = self.reorder_batch_threshold or 1
         if self.on_gpu:
             decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
+        recent = None
+        if self.recent is not None:
+            recent = self.recent.claim(
+                common.block_table_tensor,
+                common.seq_lens,
+                common.query_start_loc,
+                common.slot_mapping[: common.num_actual_tokens],
+            )
         if prefills:
             prefill = plan_prefill(common, decodes, self.inexact)
         return TurboQuantMetadata(
@@ -102,6 +116,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             decode_tokens=decode_tokens,
             max_query_len=threshold,
             prefill=prefill,
+            recent=recent,
         )
 
     def update_draft_decode_metadata(self, metadata: TurboQuantMetadata) -> None:

@@ -16,6 +16,7 @@ from .impl import compressed_layers
 from .kernels.combine import plan_decode
 from .kernels.cuda.launch import scratch_floats
 from .plan import drafts_with_a_model
+from .recent import reserve_pools
 
 CONTEXT_BYTES = 48 * 2**20  # decoded keys and values of one range of older context
 
@@ -30,9 +31,10 @@ def max_query_len(vllm_config: VllmConfig) -> int:
     return int(max_decode_query_len(vllm_config)) + drafts_with_a_model(vllm_config)
 
 
-def decode_scratch(floats: int) -> torch.Tensor:
-    """fp32 ``[floats]``."""
-    return current_workspace_manager().get_simultaneous(((floats,), torch.float32))[0]
+def decode_scratch(floats: int, rows: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 ``[floats]`` and, for log-sum-exps, fp32 ``rows``, tokens and query heads."""
+    scratch, lse = current_workspace_manager().get_simultaneous(((floats,), torch.float32), (rows, torch.float32))
+    return scratch, lse
 
 
 def prefill_scratch(
@@ -47,12 +49,14 @@ def prefill_scratch(
 
 def reserve(vllm_config: VllmConfig, device: torch.device) -> None:
     """Grows the workspace to the most that any step of any compressed layer can ask for."""
+    reserve_pools(vllm_config, device)
     scheduler = vllm_config.scheduler_config
     query_len = max_query_len(vllm_config)
     shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_size) for impl in compressed_layers(vllm_config)}
     for heads, kv_heads, head_size in shapes:
-        decode_scratch(_most_floats(scheduler.max_num_seqs, query_len, heads, kv_heads, head_size))
-        decode_scratch(scratch_floats(heads // kv_heads, head_size, query_len, device))
+        rows = scheduler.max_num_seqs * query_len, heads
+        decode_scratch(_most_floats(scheduler.max_num_seqs, query_len, heads, kv_heads, head_size), rows)
+        decode_scratch(scratch_floats(heads // kv_heads, head_size, query_len, device), rows)
         prefill_scratch(scheduler.max_num_batched_tokens, heads, kv_heads, head_size, vllm_config.model_config.dtype)
 
 

@@ -25,6 +25,7 @@ from openai import OpenAI
 
 HOST = "127.0.0.1"
 LOSSLESS = "turboquant-debug-lossless"
+RECENT = "turboquant-debug-recent"  # with the newest 64 tokens read from beside the pages
 START_TIMEOUT = 400  # seconds; 20 to 60 on two idle cores
 REQUEST_TIMEOUT = 240  # seconds; no request of the tests takes 60 on two idle cores
 MAX_ALIVE = 2  # servers; each of them is bound to one thread

@@ -17,7 +17,7 @@ from vllm_turboquant.kernels.format import PRESETS
 
 from . import engine
 from .answers import Answer, assert_same, story
-from .harness import ENVIRONMENT, LOSSLESS, end_with_parent
+from .harness import ENVIRONMENT, LOSSLESS, RECENT, end_with_parent
 
 TIMEOUT = 600  # seconds for all jobs of one run; 60 to 90 on two idle cores
 LLM = {
@@ -118,19 +118,20 @@ def test_skipped_layers_are_not_compressed(presets: Results) -> None:
 def test_sliding_windows_and_mixed_head_sizes(
     tiny_models: dict[str, Path], kind: str, tmp_path: Path, rng: random.Random
 ) -> None:
-    """Prompts longer and shorter than the window of 48 tokens, in chunks of 128."""
+    """Prompts longer and shorter than the window of 48 tokens, in chunks of 128; answers longer than the recent window."""
     prompts = [[rng.randrange(100, 40000) for _ in range(length)] for length in (7, 60, 300)]
     jobs = [
         {
             "name": kv,
             "prompts": prompts,
-            "max_tokens": 24,
+            "max_tokens": 80,
             "llm": LLM | {"model": str(tiny_models[kind]), "kv_cache_dtype": kv},
         }
-        for kv in ("auto", LOSSLESS, "turboquant")
+        for kv in ("auto", LOSSLESS, RECENT, "turboquant")
     ]
     results = run_jobs(jobs, tmp_path)
-    assert_same(answers(results, "auto"), answers(results, LOSSLESS))
-    assert max(deviations(results, LOSSLESS, "auto")) < 1e-3
+    for exact in (LOSSLESS, RECENT):
+        assert_same(answers(results, "auto"), answers(results, exact))
+        assert max(deviations(results, exact, "auto")) < 1e-3
     # The comparison can fail: four bits move the same values far beyond rounding.
     assert statistics.mean(deviations(results, "turboquant", "auto")) > 1e-2
