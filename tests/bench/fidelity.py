@@ -2,10 +2,11 @@
 
     python -m tests.bench.fidelity MODEL [--contexts 512 4096] [--tokens 8192] [--served 8192] [--only NAME ...]
     python -m tests.bench.fidelity MODEL --needle 4096 8192 [--only NAME ...]
+    python -m tests.bench.fidelity MODEL --generate 512 [--only NAME ...]
 
-Appends to ``results/fidelity_<model>.jsonl``, or ``results/needle_<model>.jsonl``. Calibrated cases use bases that are fitted
-here, on the calibration half of the texts, for a context of ``--served`` tokens; the others subtract the key bias that weights
-tell, as engines without calibration do.
+Appends to ``fidelity_<model>.jsonl``, ``needle_<model>.jsonl`` or ``generation_<model>.jsonl`` in results/. Calibrated cases use
+bases that are fitted here, on the calibration half of the texts, for a context of ``--served`` tokens; the others subtract the
+key bias that weights tell, as engines without calibration do.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from pathlib import Path
 import torch
 import transformers
 
-from vllm_turboquant.evaluation import retrieval
+from vllm_turboquant.evaluation import agreements, retrieval
 from vllm_turboquant.evaluation.calibrate import served_model
 from vllm_turboquant.evaluation.run import all_cases, rows
+from vllm_turboquant.texts import blocks
 
 from .rows import write_row
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PROMPTS, PROMPT = 8, 128  # held-out texts to go on from, and tokens of each
 
 
 def main() -> None:
@@ -32,6 +35,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens at each context")
     parser.add_argument("--served", type=int, default=8192, help="context that the calibration is spread over")
     parser.add_argument("--needle", type=int, nargs="+", metavar="LENGTH", help="needle retrieval instead of divergence")
+    parser.add_argument("--generate", type=int, metavar="TOKENS", help="agreement of long greedy texts instead of divergence")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="dtypes; default all")
     arguments = parser.parse_args()
     chosen = [case for case in all_cases() if not arguments.only or case.name in arguments.only]
@@ -43,6 +47,12 @@ def main() -> None:
             (found,) = retrieval(model, [case], arguments.needle, DEPTHS, bases)
             figures = {"lengths": arguments.needle, "depths": DEPTHS, "found": found, "reads": "compressed"}
             print(write_row(f"needle_{name}", {"model": name, **vars(case), **figures, **common}), flush=True)
+        return
+    if arguments.generate:
+        prompts = [ids[:PROMPT] for ids in blocks(model.tokenizer, "held-out", PROMPTS * 512, 512)]
+        for case, found in zip(chosen, agreements(model, chosen, prompts, arguments.generate, bases), strict=True):
+            row = {"model": name, **vars(case), "prompts": PROMPTS, "prompt": PROMPT, **vars(found), "reads": "compressed"}
+            print(write_row(f"generation_{name}", {**row, **common}), flush=True)
         return
     for row in rows(model, name, chosen, arguments.contexts, bases, arguments.tokens):
         print(write_row(f"fidelity_{name}", {**row, **common}), flush=True)

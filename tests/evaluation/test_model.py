@@ -11,46 +11,14 @@ from vllm_turboquant.evaluation import metrics
 from vllm_turboquant.evaluation.calibrate import calibrate
 from vllm_turboquant.evaluation.codecs import Case
 from vllm_turboquant.evaluation.metrics import Divergence
-from vllm_turboquant.evaluation.model import EvaluatedModel, attend_windowed
+from vllm_turboquant.evaluation.model import attend_windowed
 from vllm_turboquant.evaluation.needle import FACT, QUESTION, needle, retrieval
 from vllm_turboquant.evaluation.run import evaluate, rows
 from vllm_turboquant.kernels.statistics import SKIPPED, shifts
 
+from .conftest import HEADS, KV_HEADS, LAYERS, VOCABULARY, D, Letters
+
 transformers = pytest.importorskip("transformers")
-LAYERS, HEADS, KV_HEADS, D, VOCABULARY = 3, 4, 2, 32, 300
-
-
-class Letters:
-    """A tokenizer of one token a character."""
-
-    def encode(self, text, add_special_tokens=True):
-        return ([0] if add_special_tokens else []) + [1 + ord(c) % (VOCABULARY - 1) for c in text]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Random, but with keys that have a constant part and attention that is not flat."""
-    folder = tmp_path_factory.mktemp("random")
-    config = transformers.Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=HEADS * D,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        initializer_range=0.15,
-        max_position_embeddings=4096,
-    )
-    torch.manual_seed(0)  # a model is a fixture, not a draw: bounds below are of this one
-    built = transformers.Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        for layer in built.model.layers:
-            layer.self_attn.k_proj.bias.normal_(std=3.0)
-    built.save_pretrained(folder)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: Letters())
-    yield EvaluatedModel(str(folder), "cpu")
-    patch.undo()
 
 
 @pytest.fixture

@@ -33,9 +33,9 @@ class EvaluatedModel:
         from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        name = f"turboquant_evaluation_{next(_numbers)}"
-        AttentionInterface.register(name, self._attend)
-        self.model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=name, dtype=torch.float32)
+        self._name = f"turboquant_evaluation_{next(_numbers)}"
+        AttentionInterface.register(self._name, self._attend)
+        self.model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=self._name, dtype=torch.float32)
         self.model.to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.layers: int = self.model.config.get_text_config().num_hidden_layers
@@ -54,6 +54,20 @@ class EvaluatedModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 ``[T, n]`` to ``[T, vocabulary]``. Of models whose head is one matrix without soft cap."""
         return self.model.get_output_embeddings()(hidden)
+
+    @torch.inference_mode()
+    def continued(self, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+        """ids int64 ``[T]`` and ``tokens`` more, each the likeliest with exact keys and values; int64 ``[T + tokens]``."""
+        self.model.set_attn_implementation("sdpa")  # ours has no place for a cache
+        try:
+            found, new, cache = ids.tolist(), ids, None
+            for _ in range(tokens):
+                out = self.model(new[None].to(self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+                new, cache = out.logits[0, -1].argmax()[None], out.past_key_values
+                found.append(int(new))
+            return torch.tensor(found, dtype=torch.int64)
+        finally:
+            self.model.set_attn_implementation(self._name)
 
     @torch.inference_mode()
     def statistics(self, texts: Sequence[torch.Tensor]) -> list[KeyStatistics]:
