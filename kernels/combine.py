@@ -11,6 +11,7 @@ import triton.language as tl
 from .tables import next_power_of_2
 
 MAX_SPLITS = 64
+NO_TOKEN = tl.constexpr(-1e30)  # the lse of none
 _PROGRAMS = 528  # programs that keep a large GPU busy: four on each of 132 multiprocessors
 
 
@@ -50,11 +51,13 @@ def _combine_kernel(
     out,
     query_start_loc,
     seq_lens,
+    lse,
     kv_heads,
     q_per_kv,
     max_query_len,
     splits,
     SINKS: tl.constexpr,
+    LSE: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
 ):
@@ -84,9 +87,14 @@ def _combine_kernel(
             total += tl.exp(sink - base)
         # A request of length 0 (a padded row) has no weight at all: 0, not 0 / 0.
         dead = tl.load(seq_lens + request) <= 0
+        if LSE:
+            dead |= tl.sum(total, axis=0) == 0
         result = tl.where(dead, 0.0, acc / tl.where(dead, 1.0, total))
         target = ((q_start + query).to(tl.int64) * kv_heads + head) * q_per_kv + member
         tl.store(out + target * D + d, result, mask=d < D)
+        if LSE:
+            found = tl.where(dead, NO_TOKEN, base + tl.log(tl.where(dead, 1.0, total)))
+            tl.store(lse + target, tl.sum(found, axis=0))
 
 
 def combine(
@@ -98,11 +106,13 @@ def combine(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     plan: DecodePlan,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """Merges the splits of each row into ``out``, fp32 ``[T, Hq, d]`` contiguous; rows of no request stay as they are.
 
     partial: fp32 ``[R, Hk, rows, splits, d]``, not normalised; partial_max, partial_sum: fp32 ``[R, Hk, rows, splits]``, the
-    softmax's maximum (-inf: no token) and sum. sinks: ``[Hq]`` logits without a value.
+    softmax's maximum (-inf: no token) and sum. sinks: ``[Hq]`` logits without a value. lse: fp32 ``[T, Hq]`` contiguous, written;
+    with it rows may be without a token: those are 0, and their lse is -1e30.
     """
     group = plan.heads // plan.kv_heads
     _combine_kernel[(plan.requests, group * plan.max_query_len, plan.kv_heads)](
@@ -113,11 +123,13 @@ def combine(
         out,
         query_start_loc,
         seq_lens,
+        lse,
         plan.kv_heads,
         group,
         plan.max_query_len,
         plan.splits,
         SINKS=sinks is not None,
+        LSE=lse is not None,
         D=plan.head_size,
         DP=next_power_of_2(plan.head_size),
         num_warps=1,

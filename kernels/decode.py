@@ -33,6 +33,7 @@ def _decode_kernel(
     block_table,
     seq_lens,
     query_start_loc,
+    ends,
     key_table,
     key_scalars,
     key_norms,
@@ -55,6 +56,7 @@ def _decode_kernel(
     splits,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    RECENT: tl.constexpr,
     BASIS: tl.constexpr,
     BUCKETS: tl.constexpr,
     KEY_BITS: tl.constexpr,
@@ -97,10 +99,13 @@ def _decode_kernel(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - q_len - WINDOW + 1, 0) // 16 * 16
-    tiles = tl.cdiv(tl.maximum(length - first, 0), BN)
+    stop = length
+    if RECENT:
+        stop = tl.minimum(length, tl.load(ends + request))
+    tiles = tl.cdiv(tl.maximum(stop - first, 0), BN)
     share = tl.cdiv(tiles, splits)
     begin = first + split * share * BN
-    end = tl.minimum(begin + share * BN, length)
+    end = tl.minimum(begin + share * BN, stop)
 
     # What stored keys are short of, by their scale's sign: `KeyBasis.offsets` of the bucket, or `KeyBasis.offset`.
     second = 0.0
@@ -166,13 +171,18 @@ def decode(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     basis: KeyBasis | None = None,
+    ends: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """Attention of the last ``query_start_loc[r + 1] - query_start_loc[r]`` (at most ``max_query_len``) tokens of each request.
 
     query: floating ``[T, Hq, d]``. cache: uint8 ``[B, Hk, N, C]``. block_table: int32 ``[R, *]``; entries past a length are
     never read. seq_lens: int32 ``[R]``, query tokens included. query_start_loc: int32 ``[R + 1]``. out: floating ``[T, Hq, d]``,
     rows of requests are written. scratch: fp32, at least ``plan_decode(...).floats`` elements, contents free. basis: that of the
-    store, on the same device; without mean where there are sinks or a soft cap.
+    store, on the same device; without mean where there are sinks or a soft cap. ends: int32 ``[R]`` or longer: tokens at
+    positions ``ends[r]`` and later are left out and their pages not read, for `recent_attend`; then the natural logarithm of the
+    sum of each row's softmax, sinks included, is written to ``lse``, fp32 ``[T, Hq]`` contiguous. Rows that are left without a
+    token are 0, their lse is that of the sinks, -1e29 or less without.
     """
     tokens, heads, d = query.shape
     kv_heads = cache.shape[1]
@@ -180,6 +190,7 @@ def decode(
     check_pages(cache, fmt, kv_heads)
     assert d == fmt.head_size and heads % kv_heads == 0
     assert query.stride(2) == 1 and out.stride(2) == 1 and block_table.stride(1) == 1 and scratch.dtype == torch.float32
+    assert (ends is None) == (lse is None)
     plan = plan_decode(requests, tokens, heads, kv_heads, d, max_query_len)
     sizes = [tokens * heads * d] * 3 + [plan.rows * d, plan.rows, plan.rows]
     q, q_sketch, rotated, partial, partial_max, partial_sum = scratch[: plan.floats].split(sizes)
@@ -198,6 +209,7 @@ def decode(
         block_table=block_table,
         seq_lens=seq_lens,
         query_start_loc=query_start_loc,
+        ends=ends,
         table_stride=block_table.stride(0),
         offset=None if basis is None else basis.offset,
         offsets=None if basis is None else basis.offsets,
@@ -212,6 +224,7 @@ def decode(
         splits=plan.splits,
         WINDOW=window or 0,
         SOFT_CAP=bool(soft_cap),
+        RECENT=ends is not None,
         BASIS=basis is not None,
         BUCKETS=basis is not None and basis.buckets > 1,
         DP=dp,
@@ -223,5 +236,5 @@ def decode(
         **page_arguments(cache, fmt),
         **level_arguments(cache, fmt),
     )
-    combine(partial, partial_max, partial_sum, sinks, rotated, query_start_loc, seq_lens, plan)
+    combine(partial, partial_max, partial_sum, sinks, rotated, query_start_loc, seq_lens, plan, lse)
     transform_rows(rotated.view(query.shape), out, rotation_matrix(fmt, cache.device), transpose=False)

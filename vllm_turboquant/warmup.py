@@ -9,7 +9,10 @@ from vllm.config import VllmConfig
 
 from .impl import TurboQuantImpl, compressed_layers
 from .kernels.cuda import context, launch
+from .kernels.format import UNIT_TOKENS
 from .kernels.prefill import load_context
+from .kernels.recent_claim import RecentUnits
+from .kernels.recent_keep import keep
 from .kernels.store import store
 from .workspace import prefill_scratch
 
@@ -32,6 +35,7 @@ def warm_up(
             soft_cap=impl.logits_soft_cap,
             sinks=None if impl.sinks is None else impl.sinks.dtype,
             basis=impl.basis,
+            recent=impl.recent is not None,
         ):
             impl.cuda_decode_pages.add(block_size)
         if context.prepare(device, impl.format, block_size, dtype, impl.basis):
@@ -45,6 +49,7 @@ def warm_up(
             impl.logits_soft_cap,
             impl.sinks is not None,
             0 if impl.basis is None else impl.basis.buckets,
+            impl.recent is not None,
         )
         if kind not in seen:
             seen.add(kind)
@@ -65,4 +70,12 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
     if block_size not in impl.cuda_context_pages:
         context_key, context_value, _ = prefill_scratch(1, heads, kv_heads, d, dtype)
         load_context(cache, table, torch.zeros_like(one), starts, 1, context_key, context_value, fmt, impl.basis)
-    impl.decode(query, cache, table, one, starts, torch.empty(1, heads, d, dtype=dtype, device=device), max_query_len)
+    recent = None
+    if impl.recent is not None:
+        # The page's units have no frame and the request no exact token, but for kernels that is all the same.
+        recent = RecentUnits(block_size // UNIT_TOKENS, 1, 1, impl.format.preset.recent, max_query_len, block_size, device)
+        recent.ends.fill_(1)
+        mean = None if impl.basis is None else impl.basis.mean
+        keep(key, value, slots, impl.recent.key, impl.recent.value, recent.frame_of, mean)
+    out = torch.empty(1, heads, d, dtype=dtype, device=device)
+    impl.decode(query, cache, table, one, starts, out, max_query_len, recent)

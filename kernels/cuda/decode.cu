@@ -8,14 +8,17 @@ static_assert(SHARED_BYTES == WARPS * STAGES * SLOT_BYTES + WARPS * MERGE_ROWS *
                                   GAINS * 4 + WARPS * STAGES * 8 + 16,
               "the launcher reserves what the kernel uses");
 
-// Padded requests: their rows become 0.
+// Padded requests, and requests all of whose tokens are left out: their rows become 0.
 DEVICE void clear_dead_rows(const Params &p) {
   for (int index = block_id(); index < p.requests; index += block_count()) {
-    if (p.seq_lens[index] > 0) continue;
+    if (RECENT ? units_of(p, index) > 0 : p.seq_lens[index] > 0) continue;
     int start = p.query_start_loc[index], rows = smaller(p.query_start_loc[index + 1] - start, p.max_query_len);
     for (int i = thread_id(); i < rows * p.kv_heads * p.group * (D / 2); i += WARPS * 32) {
       int head = i / (D / 2) % (p.kv_heads * p.group), row = i / (D / 2) / (p.kv_heads * p.group);
       *(u32 *)(p.out + (start + row) * p.out_token + head * p.out_head + i % (D / 2) * 2) = 0;
+#if RECENT
+      if (i % (D / 2) == 0) leave_lse(p, start + row, head, sink_of(p, head), SINK_BITS ? 1 : 0);
+#endif
     }
   }
 }
@@ -64,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
     begin_state(state, queries, factors, g, t);
     const int first_token = (s.request.first + s.begin) * 16;
     Bounds bounds;
-    bounds.end = smaller(s.request.length, first_token + s.count * 16);
+    bounds.end = smaller(END_OF(s.request), first_token + s.count * 16);
     bounds.all_see = smaller(s.request.length - s.request.rows + 1, bounds.end);
     bounds.all_see_from = s.request.length - p.window;
     bounds.oldest = s.request.length - s.request.rows + 1 - p.window;

@@ -42,6 +42,7 @@ class _Params(ctypes.Structure):
         ("basis", ctypes.c_void_p),
         ("bucket", ctypes.c_uint32),
         ("buckets", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("ends", "lse")),
     )
 
 
@@ -90,19 +91,20 @@ def prepare(
     soft_cap: float | None = None,
     sinks: torch.dtype | None = None,
     basis: KeyBasis | None = None,
+    recent: bool = False,
 ) -> bool:
     """Compiles and loads what `decode` needs for these options. Whether the CUDA decode can be used for them here.
 
     dtype: of query and output, bf16 or fp16. group: query heads a KV head. sinks: dtype of the sinks, fp32 or ``dtype``.
-    basis: of the layer's keys, on ``device``; its matrices are put in order here. Call at warm-up, on every device and before
-    capturing graphs. Where a supported kernel cannot be built, one warning is logged.
+    basis: of the layer's keys, on ``device``; its matrices are put in order here. recent: with ``ends`` and ``lse``. Call at
+    warm-up, on every device and before capturing graphs. Where a supported kernel cannot be built, one warning is logged.
     """
     if not supported(fmt, block_size, group, max_query_len) or dtype not in (torch.bfloat16, torch.float16):
         return False
     if sinks not in (None, torch.float32, dtype) or device.type != "cuda":
         return False
     index = device_index(device)
-    options = _options(fmt, block_size, dtype, group, max_query_len, window, soft_cap, sinks, basis)
+    options = _options(fmt, block_size, dtype, group, max_query_len, window, soft_cap, sinks, basis, recent)
     if not built("decode", lambda: _kernel(index, options)):
         return False
     _counters(index)
@@ -121,10 +123,11 @@ def _options(
     soft_cap: float | None,
     sinks: torch.dtype | None,
     basis: KeyBasis | None,
+    recent: bool,
 ) -> Options:
     sink_bits, bf16 = 0 if sinks is None else 8 * sinks.itemsize, dtype == torch.bfloat16
     buckets = 0 if basis is None else padded_buckets(basis.buckets)
-    return Options(fmt, block_size, bf16, group, max_query_len, bool(window), bool(soft_cap), sink_bits, buckets)
+    return Options(fmt, block_size, bf16, group, max_query_len, bool(window), bool(soft_cap), sink_bits, buckets, recent)
 
 
 def _arguments(
@@ -143,6 +146,8 @@ def _arguments(
     soft_cap: float | None,
     sinks: torch.Tensor | None,
     basis: KeyBasis | None,
+    ends: torch.Tensor | None,
+    lse: torch.Tensor | None,
 ) -> tuple[Options, _Params]:
     """The kernel's options and parameters."""
     _, heads, d = query.shape
@@ -156,6 +161,10 @@ def _arguments(
     assert block_table.dtype == seq_lens.dtype == query_start_loc.dtype == counters.dtype == torch.int32
     assert scratch.dtype == torch.float32 and scratch.data_ptr() % 16 == 0 and scratch.is_contiguous()
     assert sinks is None or (sinks.is_contiguous() and sinks.dtype in (torch.float32, query.dtype))
+    assert (ends is None) == (lse is None)
+    if ends is not None and lse is not None:
+        assert ends.dtype == torch.int32 and ends.is_contiguous() and ends.shape[0] >= seq_lens.shape[0]
+        assert lse.dtype == torch.float32 and lse.is_contiguous() and lse.shape == query.shape[:2]
     rotation = 1 / math.sqrt(d)
     fragments = None
     if basis is not None:
@@ -188,9 +197,12 @@ def _arguments(
         (soft_cap or 0.0) * math.log2(math.e),
         0 if fragments is None else fragments.data_ptr(),
         *bucket_arguments(basis),
+        0 if ends is None else ends.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
     )
     sink = None if sinks is None else sinks.dtype
-    return _options(fmt, block_size, query.dtype, group, max_query_len, window, soft_cap, sink, basis), params
+    of_request = window, soft_cap, sink, basis, ends is not None
+    return _options(fmt, block_size, query.dtype, group, max_query_len, *of_request), params
 
 
 def decode(
@@ -209,6 +221,8 @@ def decode(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     basis: KeyBasis | None = None,
+    ends: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """Attention of the last ``query_start_loc[r + 1] - query_start_loc[r]`` (at most ``max_query_len``) tokens of each request.
 
@@ -217,26 +231,12 @@ def decode(
     seq_lens: int32 ``[R]``, query tokens included. query_start_loc: int32 ``[R + 1]``. scratch: fp32, at least
     ``scratch_floats(...)`` elements, contents free. scale: above 0. sinks: ``[Hq]`` logits without a value. basis: under which
     the keys were stored, on the cache's device; without a mean where there are soft cap or sinks, for all logits of a query
-    are shifted alike. Raises CudaError where `prepare` with the same options is False.
+    are shifted alike. ends, lse: as of ``kernels.decode``. Raises CudaError where `prepare` with the same options is False.
     """
     index = cache.device.index
-    options, params = _arguments(
-        query,
-        cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        out,
-        scratch,
-        _counters(index),
-        fmt,
-        scale,
-        max_query_len,
-        window,
-        soft_cap,
-        sinks,
-        basis,
-    )
+    batch = query, cache, block_table, seq_lens, query_start_loc, out, scratch, _counters(index)
+    settings = fmt, scale, max_query_len, window, soft_cap, sinks, basis, ends, lse
+    options, params = _arguments(*batch, *settings)
     assert scratch.numel() >= scratch_floats(options.group, fmt.head_size, max_query_len, cache.device)
     kernel = _kernel(index, options)
     kernel.launch(kernel.grid, params, torch.cuda.current_stream(index).cuda_stream)

@@ -32,15 +32,26 @@ DEVICE float sink_of(const Params &p, int head) {
 #endif
 }
 
+#if RECENT
+// Of weights that sum up to `weight` relative to the maximum `top`.
+DEVICE void leave_lse(const Params &p, int token, int head, float top, float weight) {
+  p.lse[(u64)token * (p.kv_heads * p.group) + head] = weight == 0 ? NO_MAXIMUM : (top + log2_fast(weight)) * LN2;
+}
+#endif
+
 // Normalises, rotates back and writes one row.
 DEVICE void finish_row(const Params &p, const Row &row, float *sum, float peak, float weight, u32 signs, int lane) {
   if (!row.live) return;
-  float scale = 1;
+  float scale = 1, top = peak;
   if (SINK_BITS) {
-    float sink = sink_of(p, row.head), top = fmaxf(peak, sink);
+    float sink = sink_of(p, row.head);
+    top = fmaxf(peak, sink);
     scale = exp2_fast(peak - top);
     weight = weight * scale + exp2_fast(sink - top);
   }
+#if RECENT
+  if (lane == 0) leave_lse(p, row.token, row.head, top, weight);
+#endif
   // A row that sees no token is 0. NaN is not 0.
   scale = weight == 0 ? 0 : scale * p.out_scale / weight;
   rotate_back(sum, p.out + row.token * p.out_token + row.head * p.out_head, signs, scale, lane);

@@ -15,10 +15,14 @@ struct Params {
   float score_scale;  // softmax scale * log2(e), the rotation's 1 / sqrt(D) included where queries are rotated
   float out_scale;    // the rotation's 1 / sqrt(D)
   float soft_cap;     // * log2(e)
-#if KEY_BASIS
+#if KEY_BASIS || RECENT
   const u8 *basis;  // [KV heads][BASIS_BYTES], of `vllm_turboquant.kernels.cuda.fragments.query_fragments`
   u32 bucket;  // of `bucket_of`
   int buckets;
+#endif
+#if RECENT
+  const int *ends;  // [requests], tokens from there on are left out
+  float *lse;       // [tokens][query heads], natural logarithms
 #endif
 };
 
@@ -27,6 +31,7 @@ struct Params {
 #define MERGE_ROWS (ROWS > 8 ? 8 : ROWS)  // rows merged at once
 #define LANE_DIMS (D / 32)
 #define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
 
 DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 DEVICE int larger(int a, int b) { return a > b ? a : b; }

@@ -65,6 +65,12 @@ DEVICE float exp2_fast(float x) {
   return r;
 }
 
+DEVICE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 DEVICE float divide(float a, float b) { return __fdividef(a, b); }
 
 // An 8 x 8 tile of 16-bit numbers, transposed across the warp.

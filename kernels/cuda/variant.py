@@ -79,7 +79,8 @@ def supported(fmt: PageFormat, block_size: int, group: int, max_query_len: int) 
 @dataclass(frozen=True)
 class Options:
     """What of a decode is compiled in. ``bf16``: of query and output, fp16 otherwise; ``sink_bits``: of a sink, 0 without;
-    ``basis``: buckets of the `KeyBasis` under which keys are stored, a number of `padded_buckets`, 0 without.
+    ``basis``: buckets of the `KeyBasis` under which keys are stored, a number of `padded_buckets`, 0 without. ``recent``: newest
+    tokens are left out, for `recent_attend`.
     """
 
     fmt: PageFormat
@@ -91,6 +92,7 @@ class Options:
     soft_cap: bool = False
     sink_bits: int = 0
     basis: int = 0
+    recent: bool = False
 
     @property
     def rows(self) -> int:
@@ -145,6 +147,7 @@ class Variant:
             "KEY_BASIS": int(o.basis > 0),
             "BUCKETED": int(o.basis > 1),
             "MEAN_ROWS": mean_rows(o.basis),
+            "RECENT": int(o.recent),
             "SHARED_BYTES": self.shared_bytes,
             "VALUE_LEVELS": level_table(o.fmt.preset.value.bits, bfloat if o.bf16 else half),
         }

@@ -3,6 +3,12 @@
 
 struct Request {
   int length, start, rows;  // rows: query tokens
+#if RECENT
+  int end;  // tokens from here on are left out
+#define END_OF(request) (request).end
+#else
+#define END_OF(request) (request).length
+#endif
   int first, units;         // first unit of 16 tokens that a query can see, and how many there are; 0: no work
 };
 
@@ -11,8 +17,12 @@ DEVICE Request load_request(const Params &p, int index) {
   r.length = p.seq_lens[index];
   r.start = p.query_start_loc[index];
   r.rows = smaller(p.query_start_loc[index + 1] - r.start, p.max_query_len);
+#if RECENT
+  r.end = smaller(r.length, p.ends[index]);
+#endif
   r.first = WINDOW ? larger(r.length - r.rows - p.window + 1, 0) >> 4 : 0;
-  r.units = r.length > 0 && r.rows > 0 ? ((r.length + 15) >> 4) - r.first : 0;
+  r.units = r.length > 0 && r.rows > 0 ? ((END_OF(r) + 15) >> 4) - r.first : 0;
+  if (RECENT) r.units = larger(r.units, 0);  // where a window begins behind the end
   return r;
 }
 

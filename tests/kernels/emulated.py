@@ -38,7 +38,8 @@ def compiled(variant):
 
 
 def decode(
-    batch, query, scale, max_query_len, *, grid=5, tuning=SMALL, window=None, soft_cap=None, sinks=None, basis=None
+    batch, query, scale, max_query_len, *, grid=5, tuning=SMALL, window=None, soft_cap=None, sinks=None, basis=None, ends=None,
+    lse=None,
 ):  # fmt: skip
     """What `launch.decode` computes, on CPU tensors with ``grid`` CTAs. Returns the output; checks counters and surroundings."""
     tokens, heads, d = query.shape
@@ -48,7 +49,7 @@ def decode(
     counters = torch.zeros(grid, dtype=torch.int32)
     options, params = launch._arguments(
         query, batch.cache, batch.block_table, batch.seq_lens, batch.query_start_loc, out[:tokens], scratch, counters,
-        batch.fmt, scale, max_query_len, window, soft_cap, sinks, basis,
+        batch.fmt, scale, max_query_len, window, soft_cap, sinks, basis, ends, lse,
     )  # fmt: skip
     compiled(Variant(options, tuning))(ctypes.byref(params), grid)
     assert not counters.any(), "counters are left zero"

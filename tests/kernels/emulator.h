@@ -84,6 +84,7 @@ DEVICE float f16_high(u32 pair) { return f16_low(pair >> 16); }
 DEVICE u32 pack_f16(float low, float high) { return f16_bits(low) | f16_bits(high) << 16; }
 DEVICE u32 pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 DEVICE float exp2_fast(float x) { return exp2f(x); }
+DEVICE float log2_fast(float x) { return log2f(x); }
 DEVICE float divide(float a, float b) { return a / b; }
 
 DEVICE u32 prmt(u32 a, u32 b, u32 selector) {

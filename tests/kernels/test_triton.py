@@ -10,8 +10,9 @@ from vllm_turboquant.kernels import reference
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 from vllm_turboquant.kernels.packing import write_tokens
 
-from .interpreted import decode, interpret, load_context, plan_decode, store  # noqa: F401
+from .interpreted import attend_recent, decode, interpret, load_context, plan_decode, store  # noqa: F401
 from .oracle import around_means, make_batch, random_basis
+from .recent_pages import ENDS, RecentTokens
 
 ALL = (*PRESETS, LOSSLESS_PRESET)
 # fp32 against float64: sums of at most a few hundred terms, after an fp32 rotation.
@@ -105,6 +106,17 @@ def test_decode_with_window_soft_cap_and_sinks(options, seed):
     if "sinks" in options:
         options = {"sinks": torch.randn(4, generator=torch.Generator().manual_seed(seed))}
     torch.testing.assert_close(*run(batch, 4, 0.3, **options), **FP32)
+
+
+@pytest.mark.parametrize("options", ({}, {"window": 5}, {"window": 40}, {"soft_cap": 2.0}, {"sinks": True}, {"buckets": 3}))
+def test_decode_beside_recent_tokens(options, seed):
+    """The decode up to ``ends`` and attention to the exact tokens from there on are the reference with both."""
+    beside = RecentTokens(page_format("turboquant-k3v3", 64), 2, 3, 32, seed, **options)
+    out, lse = torch.full_like(beside.query, float("nan")), torch.full(beside.query.shape[:2], float("nan"))
+    plan = plan_decode(len(ENDS), *beside.query.shape[:2], 2, 64, 3)
+    scratch = torch.full((plan.floats,), float("nan"))
+    decode(beside.query, *beside.pages, out, scratch, beside.fmt, 0.3, 3, **beside.options, ends=beside.ends, lse=lse)
+    beside.check(out, lse, 0.3, attend_recent, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("buckets", (0, 1, 3))
