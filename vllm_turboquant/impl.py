@@ -195,63 +195,18 @@ class TurboQuantImpl(AttentionImpl):
         out: torch.Tensor,
     ) -> None:
         if meta.decodes:
+            from .decode import attend_decode
+
             n = meta.decode_tokens
-            self.decode(
-                query[:n],
-                kv_cache,
-                meta.block_table[: meta.decodes],
-                meta.seq_lens[: meta.decodes],
-                meta.query_start_loc[: meta.decodes + 1],
-                out[:n],
-                meta.max_query_len,
-                meta.recent,
-            )
+            table, lengths, starts = meta.block_table, meta.seq_lens, meta.query_start_loc
+            batch = table[: meta.decodes], lengths[: meta.decodes], starts[: meta.decodes + 1]
+            attend_decode(self, query[:n], kv_cache, *batch, out[:n], meta.max_query_len, meta.recent)
         if meta.prefill is not None:
             from .prefill import attend_prefill
 
             assert key is not None and value is not None, "layers that share another's cache are refused on a GPU"
             rows = slice(meta.prefill.start, meta.prefill.start + meta.prefill.tokens)
             attend_prefill(self, meta.prefill, query[rows], key[rows], value[rows], kv_cache, meta.block_table, out[rows])
-
-    def decode(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        out: torch.Tensor,
-        max_query_len: int,
-        recent: RecentUnits | None = None,
-    ) -> None:
-        """Attention of at most ``max_query_len`` tokens a request, as ``kernels.decode`` has it: read from the pages, and from
-        exact tokens where ``recent`` has them.
-        """
-        from .kernels import decode as portable
-        from .kernels.combine import plan_decode
-        from .kernels.cuda import launch
-        from .kernels.recent_attend import attend_recent
-        from .workspace import decode_scratch
-
-        kv_heads, group = self.num_kv_heads, self.num_heads // self.num_kv_heads
-        if kv_cache.shape[2] in self.cuda_decode_pages:
-            kernel = launch.decode
-            floats = launch.scratch_floats(group, self.head_size, max_query_len, query.device)
-        else:
-            kernel = portable.decode
-            plan = plan_decode(len(seq_lens), len(query), self.num_heads, kv_heads, self.head_size, max_query_len)
-            floats = plan.floats
-        scratch, lse = decode_scratch(floats, query.shape[:2])
-        batch = block_table, seq_lens, query_start_loc
-        options = {"window": self.sliding_window, "soft_cap": self.logits_soft_cap, "sinks": self.sinks}
-        exact = None if self.recent is None else recent
-        before = {} if exact is None else {"ends": exact.ends, "lse": lse}
-        settings = self.format, self.scale, max_query_len
-        kernel(query, kv_cache, *batch, out, scratch, *settings, **options, basis=self.basis, **before)
-        if self.recent is not None and exact is not None:
-            pools, block_size = (self.recent.key, self.recent.value), kv_cache.shape[2]
-            at = exact.frame_of, *batch, exact.ends
-            attend_recent(query, out, lse, *pools, *at, self.scale, block_size, max_query_len, **options)
 
 
 def compressed_layers(vllm_config: VllmConfig, names: Collection[str] | None = None) -> list[TurboQuantImpl]:

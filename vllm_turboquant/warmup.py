@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from vllm.config import VllmConfig
 
+from .decode import attend_decode
 from .impl import TurboQuantImpl, compressed_layers
 from .kernels.cuda import context, launch
 from .kernels.format import UNIT_TOKENS
@@ -78,4 +79,4 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
         mean = None if impl.basis is None else impl.basis.mean
         keep(key, value, slots, impl.recent.key, impl.recent.value, recent.frame_of, mean)
     out = torch.empty(1, heads, d, dtype=dtype, device=device)
-    impl.decode(query, cache, table, one, starts, out, max_query_len, recent)
+    attend_decode(impl, query, cache, table, one, starts, out, max_query_len, recent)

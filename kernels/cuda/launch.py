@@ -235,8 +235,7 @@ def decode(
     """
     index = cache.device.index
     batch = query, cache, block_table, seq_lens, query_start_loc, out, scratch, _counters(index)
-    settings = fmt, scale, max_query_len, window, soft_cap, sinks, basis, ends, lse
-    options, params = _arguments(*batch, *settings)
+    options, params = _arguments(*batch, fmt, scale, max_query_len, window, soft_cap, sinks, basis, ends, lse)
     assert scratch.numel() >= scratch_floats(options.group, fmt.head_size, max_query_len, cache.device)
     kernel = _kernel(index, options)
     kernel.launch(kernel.grid, params, torch.cuda.current_stream(index).cuda_stream)

@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 LOSSLESS = "turboquant-debug-lossless"
+RECENT = "turboquant-debug-recent"  # with the newest 64 tokens read from beside the pages
 ROOT = Path(__file__).parents[2]
 
 

@@ -47,6 +47,17 @@ def cached(cache, blocks, first, length, fmt, basis=None):
     return [x[skip : skip + length - first] for x in loaded]
 
 
+def exact(impl, recent, cache, blocks, first, length):
+    """Keys and values ``first .. length - 1`` of a request as the layer's pools hold them, float64, in the model's basis."""
+    size = cache.shape[2]
+    position = torch.arange(first, length, device=cache.device)
+    slots = blocks[position // size].long() * size + position % size
+    frames = recent.frame_of[slots // 16].long()
+    assert (frames >= 0).all(), "from `ends` on every token has a frame"
+    key, value = (pool[frames, slots % 16].double() for pool in (impl.recent.key, impl.recent.value))
+    return (key if impl.basis is None else key + impl.basis.mean.double()), value
+
+
 def install() -> Errors:
     """Errors by kind of request (decode, verify, first, continued): (ours, plain torch's), relative to the float64 norm."""
     from vllm_turboquant.impl import TurboQuantImpl
@@ -66,6 +77,10 @@ def install() -> Errors:
             oldest = 0 if self.sliding_window is None else max(0, context - self.sliding_window + 1)
             end = length if decoding else max(context, oldest)
             sides = cached(kv_cache, meta.block_table[r], oldest, end, self.format, self.basis)
+            if decoding and meta.recent is not None:
+                newest = max(int(meta.recent.ends[r]), oldest)
+                kept = exact(self, meta.recent, kv_cache, meta.block_table[r], newest, length)
+                sides = [torch.cat([old[: newest - oldest], new]) for old, new in zip(sides, kept, strict=True)]
             if not decoding:
                 sides = [torch.cat([old, new[rows].double()]) for old, new in zip(sides, (key, value), strict=True)]
             options = (self.scale, self.sliding_window, self.logits_soft_cap, self.sinks)

@@ -1,13 +1,18 @@
 """The newest tokens beside the pages, on a card: claims without waiting, the copy, the attention, replays of both."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from vllm_turboquant.kernels.format import page_format
 from vllm_turboquant.kernels.recent_attend import attend_recent
 from vllm_turboquant.kernels.recent_claim import RecentUnits, frames_needed
 from vllm_turboquant.kernels.recent_keep import keep
 
 from ..kernels.recent_oracle import make_recent, merged
+from ..kernels.recent_pages import RecentTokens
+from .decodes import prepared
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.3
@@ -94,6 +99,25 @@ def test_replay_with_other_ends(seed):
     out.copy_(batch.out)
     graph.replay()
     assert torch.equal(out.nan_to_num(1e4), batch.out.nan_to_num(1e4))
+
+
+@pytest.mark.parametrize("which", ("portable", "cuda"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("options", ({}, {"window": 5}, {"window": 40}, {"soft_cap": 2.0}, {"sinks": True}, {"buckets": 3}))
+@pytest.mark.parametrize(("preset", "head_size"), (("turboquant-k3v3", 128), ("turboquant-k2v2", 64), ("turboquant-k3v3", 256)))
+def test_decode_beside_exact_tokens(preset, head_size, options, dtype, which, seed):
+    """Both decodes up to ``ends``, and attention from there on."""
+    beside = RecentTokens(page_format(preset, head_size), 2, 4, 32, seed, **options, device="cuda")
+    query = beside.query.to(dtype)
+    settings = {name: value for name, value in beside.options.items() if value is not None}
+    on_card = replace(beside.batch, cache=beside.pages[0], block_table=beside.pages[1], seq_lens=beside.pages[2])
+    on_card = replace(on_card, query_start_loc=beside.pages[3], query=beside.query)
+    extra = {"recent": True} if which == "cuda" else {}
+    decode, scratch = prepared(which, on_card, dtype, 3, **settings, **extra)
+    out, lse = torch.full_like(query, float("nan")), torch.full(query.shape[:2], float("nan"), device="cuda")
+    decode(query, *beside.pages, out, scratch, beside.fmt, SCALE, 3, **settings, ends=beside.ends, lse=lse)
+    # The weights', the output's and the query's rounding, twice; means of a few a dim and logits of ten.
+    beside.check(out, lse, SCALE, attend_recent, rtol=2**-5, atol=2**-5)
 
 
 def steps(seed, requests, max_query_len, block_size, count):

@@ -147,7 +147,7 @@ def test_supported():
 
 
 @pytest.mark.parametrize(
-    ("file", "mirror", "size"), (("params", launch._Params, 17 * 8 + 10 * 4), ("context", context._Params, 13 * 8 + 4 * 4))
+    ("file", "mirror", "size"), (("params", launch._Params, 19 * 8 + 10 * 4), ("context", context._Params, 13 * 8 + 4 * 4))
 )
 def test_parameters_mirror_the_struct(file, mirror, size):
     assert ctypes.sizeof(mirror) == size
