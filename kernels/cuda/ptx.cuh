@@ -152,6 +152,10 @@ DEVICE void load_remote_64(const float *p, float *r) {
   r[0] = x.x, r[1] = x.y;
 }
 // Adds 1 and returns what was there. What this CTA wrote before its last sync_block is visible to a CTA that sees the sum.
+DEVICE void add_shared(float *p, float x) {
+  asm volatile("red.shared.add.f32 [%0],%1;" ::"r"(shared_address(p)), "f"(x) : "memory");
+}
+
 DEVICE int arrive(int *p) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0,[%1],1;" : "=r"(before) : "l"(p) : "memory");

@@ -25,39 +25,57 @@ DEVICE void multiply_rows(const u32 (*rows)[4], const u32 (*operands)[D / 8], in
     }
 }
 
-// What log2 scores gain where keys are relative to a mean, for 16 rows of the head's record and all columns: to `gains`, whose
-// first row is that of the second mean and the others the buckets'. The first bucket's is 0; the record has the second mean in
-// its place. `scale` undoes what the record divides rows by, and what the factors undo of
-// its division of the matrix.
-DEVICE void meet_means(const u8 *means, int tile, const u32 (*operands)[D / 8], const float *factors, float scale, float *gains,
-                       int lane) {
+// The pieces of a head's means that a segment needs: of the tile with the second mean, and of those with its buckets; a piece
+// is one of a tile's two halves of fp16, what the other rounded off.
+struct MeanPieces {
+  const u8 *means;
+  int first, count;  // tile of the segment's buckets other than 0, and all pieces
+
+  DEVICE_MEMBER int tile(int piece) const { return piece < 2 ? 0 : first + (piece >> 1) - 1; }
+  // Its place in the record, in tiles.
+  DEVICE_MEMBER int place(int piece) const { return (piece & 1) * MEAN_TILES + tile(piece); }
+};
+
+DEVICE MeanPieces mean_pieces(const Params &p, const Segment &s, const u8 *matrix) {
+  MeanPieces m = {matrix + 2 * D * D + 16, 1, 2};
+#if BUCKETED
+  const int unit = s.request.first + s.begin;
+  m.first = larger(bucket_of(unit, p.bucket, p.buckets) >> 4, 1);
+  m.count += 2 * larger((bucket_of(unit + s.count - 1, p.bucket, p.buckets) >> 4) - m.first + 1, 0);
+#endif
+  return m;
+}
+
+// Adds what log2 scores gain where keys are relative to a mean, one piece's share of it for its 16 rows and all columns, to
+// `gains`, whose first row is that of the second mean and the others the buckets'; the first bucket's stays 0, as the record has
+// the second mean in its place. `scale` undoes what the record divides rows by, and what the factors undo of its division of the
+// matrix. Each gain has two addends, whose order does not matter.
+DEVICE void meet_means(const MeanPieces &m, int piece, const u32 (*operands)[D / 8], const float *factors, float scale,
+                       float *gains, int lane) {
   const int g = lane >> 2, t = lane & 3;
   float y[TILES][4];
 #pragma unroll
   for (int n = 0; n < TILES; n++) y[n][0] = y[n][1] = y[n][2] = y[n][3] = 0;
-#pragma unroll 1
-  for (int part = 0; part < 2; part++)
 #pragma unroll
-    for (int first = 0; first < MATRIX_TILES; first += 4) {
-      u32 rows[4][4];
-      load_rows<4>(means, part * MEAN_TILES + tile, first, lane, rows);
-      multiply_rows<4>(rows, operands, first, y);
-    }
+  for (int first = 0; first < MATRIX_TILES; first += ROW_MMAS) {
+    u32 rows[ROW_MMAS][4];
+    load_rows<ROW_MMAS>(m.means, m.place(piece), first, lane, rows);
+    multiply_rows<ROW_MMAS>(rows, operands, first, y);
+  }
 #pragma unroll
   for (int n = 0; n < TILES; n++)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      const int row = tile * 16 + g + 8 * (e / 2), column = n * 8 + 2 * t + e % 2;
+      const int row = m.tile(piece) * 16 + g + 8 * (e / 2), column = n * 8 + 2 * t + e % 2;
       const float gain = fminf(fmaxf(y[n][e] * (factors[column] * scale), -1e30f), 1e30f);
-      gains[(row ? row + 1 : 0) * COLUMNS + column] = gain;
-      if (row == 0) gains[COLUMNS + column] = 0;
+      add_shared(gains + (row ? row + 1 : 0) * COLUMNS + column, gain);
     }
 }
 
 // Queries in shared memory become matrix times query; a warp computes 16 dims of all columns at a time. `rows`: its first, if
-// ROWS_AHEAD. Also the gains of the second mean and of buckets `oldest` to `newest`.
-DEVICE void turn_queries(const u8 *matrix, u32 (*rows)[4], u16 *queries, const float *factors, float *gains, int oldest,
-                         int newest, int warp, int lane) {
+// ROWS_AHEAD. Also the gains by the means, which are 0 before.
+DEVICE void turn_queries(const u8 *matrix, const MeanPieces &m, u32 (*rows)[4], u16 *queries, const float *factors, float *gains,
+                         int warp, int lane) {
   const int g = lane >> 2, t = lane & 3;
   u32 operands[TILES][D / 8];
 #pragma unroll
@@ -82,9 +100,8 @@ DEVICE void turn_queries(const u8 *matrix, u32 (*rows)[4], u16 *queries, const f
   const float scale = *(const float *)(matrix + 2 * D * D + 4);
   // The warps after those with the last rows of the matrix.
 #pragma unroll 1
-  for (int tile = (warp + WARPS * MATRIX_TILES - MATRIX_TILES) % WARPS; tile < MEAN_TILES; tile += WARPS)
-    if (tile == 0 || (tile * 16 <= newest && tile * 16 + 16 > oldest))
-      meet_means(matrix + 2 * D * D + 16, tile, operands, factors, scale, gains, lane);
+  for (int piece = (warp + WARPS * MATRIX_TILES - MATRIX_TILES) % WARPS; piece < m.count; piece += WARPS)
+    meet_means(m, piece, operands, factors, scale, gains, lane);
 }
 #endif
 
@@ -95,9 +112,11 @@ DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float 
 #if KEY_BASIS
   const int column_tiles = (p.group * p.max_query_len + COLUMNS - 1) / COLUMNS;
   const u8 *matrix = p.basis + (u64)(s.head / column_tiles) * BASIS_BYTES;
+  const MeanPieces pieces = mean_pieces(p, s, matrix);
   u32 rows[ROW_MMAS][4];
   // They fly while queries are loaded. On a condition of the warp's, registers of `rows` would stay taken all the time.
   if (ROWS_AHEAD) load_rows<ROW_MMAS>(matrix, warp % MATRIX_TILES, 0, lane, rows);
+  for (int i = thread_id(); i < (1 + MEAN_ROWS) * COLUMNS; i += WARPS * 32) gains[i] = 0;
   score_scale *= *(const float *)(matrix + 2 * D * D);
 #endif
   for (int column = warp; column < COLUMNS; column += WARPS) {
@@ -117,10 +136,7 @@ DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float 
   }
   sync_block();
 #if KEY_BASIS
-  const int unit = s.request.first + s.begin;
-  const int oldest = BUCKETED ? bucket_of(unit, p.bucket, p.buckets) : 0;
-  const int newest = BUCKETED ? bucket_of(unit + s.count - 1, p.bucket, p.buckets) : 0;
-  turn_queries(matrix, rows, queries, factors, gains, oldest, newest, warp, lane);
+  turn_queries(matrix, pieces, rows, queries, factors, gains, warp, lane);
   sync_block();
 #endif
 }

@@ -182,6 +182,7 @@ DEVICE void store_128(u16 *p, const u32 *r) {
 DEVICE float load_remote(const float *p) { return *p; }
 DEVICE void load_remote_128(const float *p, float *r) { memcpy(r, p, 16); }
 DEVICE void load_remote_64(const float *p, float *r) { memcpy(r, p, 8); }
+DEVICE void add_shared(float *p, float x) { *p += x; }
 DEVICE int arrive(int *p) { return (*p)++; }
 
 DEVICE void barrier_init(u32) {}
