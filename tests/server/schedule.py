@@ -23,9 +23,15 @@ class Asked:
     max_tokens: int
     priority: int
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     aborted: bool = False
     alone: list[int] = field(default_factory=list)
+    alone_logprobs: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)  # of the run alone: how far the best token is ahead of the second
+
+
+def chosen(choice: Any) -> list[float]:
+    return [step[token].logprob for step, token in zip(choice.logprobs, choice.token_ids, strict=True)]
 
 
 class Serving:
@@ -39,11 +45,16 @@ class Serving:
         self.noise = torch.Generator().manual_seed(rng.randrange(2**31))
         context = self.core.vllm_config.compilation_config.static_forward_context
         self.layers = [layer for layer in context.values() if hasattr(layer, "impl")]
-        self.bases = [[rng.randrange(3, vocabulary) for _ in range(150)] for _ in range(3)]
+        self.bases = [self.base() for _ in range(3)]
         self.poisoned = self.tails = 0
+
+    def base(self) -> list[int]:
+        return [self.rng.randrange(3, self.vocabulary) for _ in range(150)]
 
     def ask(self) -> None:
         rng = self.rng
+        if rng.random() < 0.1:  # old prefixes go out of fashion, so that their blocks are used again
+            self.bases[rng.randrange(len(self.bases))] = self.base()
         motif = [rng.randrange(3, self.vocabulary) for _ in range(rng.randint(1, 12))]  # repeated, for ngram speculation
         own = (motif * 8)[: rng.randint(1, 50)]
         prompt = rng.choice(self.bases)[: rng.choice((0, 10, 48, 70, 130))] + own
@@ -51,7 +62,7 @@ class Serving:
         self.add(str(len(self.asked)), one)
         self.asked[str(len(self.asked))] = one
 
-    def add(self, name: str, one: Asked, logprobs: int | None = None) -> None:
+    def add(self, name: str, one: Asked, logprobs: int = 0) -> None:
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0, max_tokens=one.max_tokens, ignore_eos=True, detokenize=False, logprobs=logprobs)
@@ -60,7 +71,8 @@ class Serving:
 
     def step(self) -> None:
         for output in self.engine.step():
-            self.asked[output.request_id].tokens = list(output.outputs[0].token_ids)
+            one, choice = self.asked[output.request_id], output.outputs[0]
+            one.tokens, one.logprobs = list(choice.token_ids), chosen(choice)
             if output.finished:
                 self.running.discard(output.request_id)
 
@@ -117,7 +129,7 @@ class Serving:
                     choice = output.outputs[0]
                     if output.finished:
                         self.running.discard(output.request_id)
-                        one.alone = list(choice.token_ids)
+                        one.alone, one.alone_logprobs = list(choice.token_ids), chosen(choice)
                         ranked = [sorted((p.logprob for p in step.values()), reverse=True) for step in choice.logprobs]
                         one.gaps = [step[0] - step[1] for step in ranked]
 
