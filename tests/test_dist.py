@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("LICENSE", "README.md", "pyproject.toml", "kernels", "vllm_turboquant")
+SOURCES = ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "kernels", "vllm_turboquant")
 
 INSTALLED = """
 import importlib.util, sys
@@ -62,6 +62,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns(*skip))
         else:
             shutil.copyfile(ROOT / name, tree / name)
+    (tree / "tests").mkdir()
+    (tree / "tests" / "test_stray.py").touch()
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree, cwd=folder)
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     return sdist, wheel
@@ -95,6 +97,7 @@ def test_sdist(built: tuple[Path, Path]) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert tracked("vllm_turboquant", "vllm_turboquant") | tracked("kernels", "kernels") <= names
     assert {"LICENSE", "README.md", "pyproject.toml"} <= names
+    assert not any(name.startswith("tests") for name in names)
 
 
 def test_wheel_away_from_the_repository(built: tuple[Path, Path], tmp_path: Path) -> None:
