@@ -26,7 +26,7 @@ ifeq ($(shell command -v c++ || command -v g++),)
 export TORCH_COMPILE_DISABLE := 1
 endif
 
-.PHONY: serve test test-quick figures setup demo-model lint typecheck format clean
+.PHONY: serve test test-quick figures dist setup demo-model lint typecheck format clean
 
 serve: setup
 	@$(BIN)/python deploy/serve.py --port $(PORT) --kv-cache-dtype $(KV_CACHE_DTYPE) $(SERVE_ARGS)
@@ -68,6 +68,12 @@ figures: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench]'
 	$(BIN)/python -m tests.bench.figures
 
+# Sdist and the wheel built from it, as they are released.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 lint: setup typecheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -84,4 +90,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -145,11 +145,14 @@ class Server:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
+    def scrape(self) -> str:
+        """What Prometheus reads."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            return str(answer.read().decode())
+
     def metric(self, name: str) -> float:
         """The sum of a metric's samples over all labels. KeyError if vLLM does not export it."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            text = answer.read().decode()
-        samples = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+        samples = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", self.scrape(), re.MULTILINE)
         if not samples:
             raise KeyError(name)
         return sum(map(float, samples))

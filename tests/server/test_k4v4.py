@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
 
+from ..deploy import board
 from .answers import Answer, assert_same, chat, complete, story
 from .harness import Flags, Server, ServerPool, side_by_side
 
@@ -68,3 +70,12 @@ def test_prefix_cache_hit(pair: list[Server], rng: random.Random) -> None:
     again = complete(pair[1], prompt, 12)
     assert pair[1].metric("vllm:prefix_cache_hits_total") - before > first.prompt_tokens / 2
     assert_same([first], [again])
+
+
+def test_metrics_of_the_board(pair: list[Server]) -> None:
+    """All that deploy/monitoring's board asks of Prometheus is exported; the label it compares by is the dtype as given."""
+    for server in pair:
+        scrape = server.scrape()
+        board.check(scrape)
+        assert re.findall(r'^vllm:cache_config_info\{.*\bcache_dtype="([^"]*)"', scrape, re.MULTILINE) == [server.flags.kv]
+        assert f'kv_cache_size_tokens="{server.cache_tokens()}"' in scrape
