@@ -16,7 +16,18 @@ import pytest
 from .conftest import require_033
 
 HERE = Path(__file__).parent
-FILES = ("registration", "arguments", "selection", "planning", "views", "refusals", "rotary", "calibration", "calibration_run")
+FILES = (
+    "registration",
+    "arguments",
+    "selection",
+    "planning",
+    "planner",
+    "views",
+    "refusals",
+    "rotary",
+    "calibration",
+    "calibration_run",
+)
 
 
 # 0.33's parser takes any name, so an unsupported version ends in a traceback of its configuration.
