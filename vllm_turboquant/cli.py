@@ -231,8 +231,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(given.run(given))
     except TurboQuantError as error:
-        print(f"{ERROR} {error}", file=sys.stderr)
-        return 1
+        sentence = str(error)
+    except ImportError as error:  # vLLM, torch or transformers
+        sentence = f"{error}; vllm-turboquant doctor says what is missing and the cure"
+    print(f"{ERROR} {sentence}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ class EvaluatedModel:
         return self.model.get_output_embeddings()(hidden)
 
     @torch.inference_mode()
-    def statistics(self, texts: Sequence[torch.Tensor]) -> list[KeyStatistics]:
+    def statistics(self, texts: Iterable[torch.Tensor]) -> list[KeyStatistics]:
         """Of each layer, over token sequences int64 ``[T]``, unquantised."""
         self._statistics = {}
         try:
