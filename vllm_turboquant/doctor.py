@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
@@ -153,11 +153,19 @@ def _nvrtc() -> Fact:
     return ok("NVRTC", f"{major}.{minor}")
 
 
+def _each() -> Iterable[str]:
+    """The presets, with a bar on terminals."""
+    from tqdm import tqdm
+
+    bar: Iterable[str] = tqdm(PRESETS, "self-test", leave=False, disable=None)
+    return bar
+
+
 def _reference() -> Fact:
     from .selftest import SelfTestError, check_reference
 
     try:
-        for preset in PRESETS:
+        for preset in _each():
             check_reference(preset)
     except SelfTestError as error:
         return failed("self-test", str(error), "report it with this output")
@@ -171,10 +179,10 @@ def _gpu_kernels() -> Iterator[Fact]:
 
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        for preset in PRESETS:
+        for preset in _each():
             check_portable(preset, device)
         yield ok("self-test", f"Triton's store and decode of {len(PRESETS)} presets agree with float64")
-        fast = [preset for preset in PRESETS if check_cuda(preset, device)]
+        fast = [preset for preset in _each() if check_cuda(preset, device)]
     except (SelfTestError, ImportError, OSError, RuntimeError) as error:  # Triton's and CUDA's compilers and launches
         yield failed("self-test", str(error), "report it with this output")
         return

@@ -55,8 +55,8 @@ class Row:
     """One value of ``--kv-cache-dtype``.
 
     tokens, requests: what vLLM logs as KV cache size and maximum concurrency at the full length; None where not one full-length
-    request fits. longest: tokens of the longest request that fits. block_size: tokens. bytes_per_token: memory of one GPU over
-    tokens. problem: why the dtype cannot be planned, in vLLM's words.
+    request fits. longest: tokens of the longest request that fits. block_size: tokens. bytes_per_token: of one GPU's pages.
+    problem: why the dtype cannot be planned, in vLLM's words.
     """
 
     dtype: str
@@ -162,7 +162,8 @@ def _planned(config: VllmConfig, dtype: str, memory: int) -> Row:
     planned = _kv_cache_config(config, specs, memory)
     tokens, requests = get_kv_cache_capacity(config, planned)
     block_size = min(group.kv_cache_spec.block_size for group in planned.kv_cache_groups)
-    return Row(dtype, tokens, requests, config.model_config.max_model_len, block_size, memory / tokens)
+    pool = sum(tensor.size for tensor in planned.kv_cache_tensors)
+    return Row(dtype, tokens, requests, config.model_config.max_model_len, block_size, pool / tokens)
 
 
 def _kv_cache_config(config: VllmConfig, specs: dict[str, Any], memory: int) -> Any:
@@ -231,10 +232,11 @@ def _one_rank(tensor_parallel_size: int) -> Iterator[None]:
 
     Layers ask it for their share when they are built; nothing is sent.
     """
-    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{folder}/store", local_rank=0, backend="gloo")
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            ensure_model_parallel_initialized(1, 1)
+            with set_current_vllm_config(VllmConfig()):
+                init_distributed_environment(1, 0, f"file://{folder}/store", local_rank=0, backend="gloo")
+                ensure_model_parallel_initialized(1, 1)
             get_tp_group().world_size = tensor_parallel_size
             yield
         finally:

@@ -55,7 +55,7 @@ def plan_text(plan: Plan) -> str:
 
 def _budget(budget: Budget) -> str:
     if budget.total is None or budget.utilization is None or budget.weights is None or budget.working is None:
-        return f"KV cache of one GPU: {_gib(budget.kv_cache)} GiB, as given"
+        return f"KV cache of one rank: {_gib(budget.kv_cache)} GiB, as given"
     source = "parameters of vLLM's model" if budget.weights_from == "parameters" else "the files' share, an estimate"
     rows = [
         ["GiB of one GPU", "", ""],
