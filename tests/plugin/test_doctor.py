@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -43,6 +43,14 @@ def _first_on_path(folder: Path, name: str, text: str) -> str:
     return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
 
+def _without_entry_point(folder: Path) -> str:
+    """The first distribution of a name on the path is the one that counts."""
+    information = folder / "vllm_turboquant-0.0.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-turboquant\nVersion: 0.0\n")
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
 def _setups(root: Path) -> dict[str, dict[str, str]]:
     """Name of a set-up to its environment."""
     (root / "nothing").mkdir()
@@ -57,6 +65,7 @@ def _setups(root: Path) -> dict[str, dict[str, str]]:
         "good": {"VLLM_CACHE_ROOT": str(root / "new"), "TORCH_COMPILE_DISABLE": "1"},
         "old vLLM": {"PYTHONPATH": _first_on_path(root / "old", "vllm", "__version__ = '0.31.2'\n")},
         "no torch": {"PYTHONPATH": _first_on_path(root / "torchless", "torch", "raise ImportError('libtorch.so: not found')\n")},
+        "not installed": {"PYTHONPATH": _without_entry_point(root / "uninstalled")},
         "excluded": {"VLLM_PLUGINS": "another,third"},
         "no compiler": {"PATH": str(root / "nothing"), "TORCH_COMPILE_DISABLE": "", "CXX": "", "VLLM_CACHE_ROOT": str(shared)},
         "file as cache": {"VLLM_CACHE_ROOT": str(root / "file"), "TORCH_COMPILE_DISABLE": "1"},
@@ -85,6 +94,7 @@ def test_green_where_all_is_well(outcomes: dict[str, Future[Outcome]]) -> None:
 RED = {
     "old vLLM": ("vllm", "0.31.2 is not supported; supported are 0.32 and 0.33", "pip install 'vllm==0.33.*'"),
     "no torch": ("torch", "cannot be imported (libtorch.so: not found)", "pip install 'vllm==0.33.*'"),
+    "not installed": ("plugin", "vLLM sees no such plugin", "pip install vllm-turboquant"),
     "excluded": ("plugin", "VLLM_PLUGINS=another,third keeps vLLM from loading turboquant", "add turboquant to VLLM_PLUGINS"),
     "no compiler": ("C++ compiler", "there is no g++", "set TORCH_COMPILE_DISABLE=1"),
 }
@@ -120,23 +130,49 @@ def test_served_all_the_same_with_a_warning(outcomes: dict[str, Future[Outcome]]
 class _Stranger(BaseHTTPRequestHandler):
     """Healthy, and no vLLM."""
 
+    answers: ClassVar[dict[str, str]] = {"/health": ""}
+    unknown = 404
+
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/health" else 404)
+        self.send_response(200 if self.path in self.answers else self.unknown)
         self.end_headers()
+        self.wfile.write(self.answers.get(self.path, "").encode())
 
     def log_message(self, *_: object) -> None:
         pass
 
 
+class _Ranks(_Stranger):
+    """A vLLM behind an API key, with an engine of each of two data-parallel ranks; labels as vLLM writes them, and a quote."""
+
+    unknown = 401
+    answers: ClassVar[dict[str, str]] = {
+        "/health": "",
+        "/version": '{"version": "0.34.1"}',
+        "/metrics": """# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="16",cache_dtype="turboquant-k8v4",engine="0",kv_cache_size_tokens="1600",\
+num_gpu_blocks="100",prefix="a\\"} b,c"} 1.0
+vllm:cache_config_info{block_size="16",cache_dtype="fp8",engine="1",kv_cache_size_tokens="None",num_gpu_blocks="1000"} 1.0
+""",
+    }
+
+
 @pytest.fixture
-def stranger() -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), _Stranger)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def serving() -> Iterator[Callable[[type[_Stranger]], str]]:
+    """``serving(handler)``: the address of a server that lives as long as the test."""
+    started: list[tuple[HTTPServer, threading.Thread]] = []
+
+    def start(handler: type[_Stranger]) -> str:
+        server = HTTPServer(("127.0.0.1", 0), handler)
+        started.append((server, threading.Thread(target=server.serve_forever)))
+        started[-1][1].start()
+        return f"127.0.0.1:{server.server_port}"
+
+    yield start
+    for server, thread in started:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_no_server_at_url() -> None:
@@ -148,11 +184,22 @@ def test_no_server_at_url() -> None:
     assert "vllm serve MODEL --kv-cache-dtype turboquant" in facts["server"]["cure"]
 
 
-def test_stranger_at_url(stranger: str) -> None:
-    code, facts, _ = doctor("--url", stranger)
+def test_stranger_at_url(serving: Callable[[type[_Stranger]], str]) -> None:
+    code, facts, _ = doctor("--url", serving(_Stranger))
     assert code == 1
     assert (facts["server"]["state"], facts["vllm"]["state"]) == ("ok", "failed")
     assert "answers 404" in facts["vllm"]["detail"]
+
+
+def test_engines_of_one_server_are_told_apart(serving: Callable[[type[_Stranger]], str]) -> None:
+    code, facts, _ = doctor("--url", f"http://{serving(_Ranks)}/")
+    assert code == 1
+    assert (facts["vllm"]["state"], facts["model"]["state"]) == ("warning", "warning")
+    assert facts["vllm"]["detail"] == "0.34.1 is not supported"
+    assert "answers 401" in facts["model"]["detail"] and "API key" in facts["model"]["cure"]
+    first, second = facts["kv cache of engine 0"], facts["kv cache of engine 1"]
+    assert (first["state"], first["detail"]) == ("ok", "turboquant-k8v4: 100 blocks of 16 tokens, 1,600 tokens")
+    assert (second["state"], second["detail"][:42]) == ("failed", "does not serve turboquant but dtype fp8: 1")
 
 
 def test_text_is_a_line_a_fact_and_its_cure() -> None:
