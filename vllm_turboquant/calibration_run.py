@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import get_world_group
 from vllm.forward_context import set_forward_context
@@ -140,7 +141,9 @@ def run_model(
     targets = {layer.kv_sharing_target_layer_name for layer in attention.values()} - {None}
     run = _Run(wanted, targets)
     with torch.inference_mode(), set_current_vllm_config(config), _standing_in(run, model, attention):
-        for ids in token_ids(config.model_config, recipe):
+        # One bar for all ranks, on terminals only.
+        quiet = None if get_world_group().is_first_rank else True
+        for ids in tqdm(token_ids(config.model_config, recipe), "calibrating keys", unit="text", disable=quiet):
             positions = torch.arange(len(ids), device=device)
             # Eager: what is compiled was not compiled yet, and compiling for this one length would cost more than the run.
             with set_forward_context(None, config, num_tokens=len(ids), skip_compiled=True):

@@ -62,6 +62,11 @@ def activate() -> None:
     _chain_excepthook()
 
 
+def active() -> bool:
+    """Whether the patches are applied in this process."""
+    return _active
+
+
 def _log_inactive(reason: str) -> None:
     sentence = (
         f"vllm-turboquant {__version__} is inactive: {reason}; {FLAG} turboquant is not available; supported are vLLM "

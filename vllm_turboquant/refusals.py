@@ -30,7 +30,7 @@ def has_page_format(head_size: int) -> bool:
     return head_size % HEAD_SIZE_STEP == 0 and MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
 
 
-def _check_platform(dtype: str, platform: Any) -> None:
+def check_platform(dtype: str, platform: Any) -> None:
     if platform.is_cpu():
         return
     if not platform.is_cuda():
@@ -129,29 +129,34 @@ def _check_model(dtype: str, model: Any, platform: Any) -> None:
         allowed = f"multiples of {HEAD_SIZE_STEP} from {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE}"
         raise refuse(FLAG, dtype, f"model {model.model} has head size {size}; allowed are {allowed}", SERVE_PLAIN)
     if platform.is_cuda():
-        _check_gpu_prefill(dtype, model, size)
+        check_gpu_model(dtype, model)
+        _check_flash_attention(dtype)
 
 
-def _check_gpu_prefill(dtype: str, model: Any, head_size: int) -> None:
-    """On a GPU, FlashAttention attends to a prompt's own tokens, which every layer must compute itself."""
+def check_gpu_model(dtype: str, model: Any) -> None:
+    """On a GPU, FlashAttention attends to a prompt's own tokens, which every layer must compute itself. TurboQuantError."""
     shared = getattr(model.hf_text_config, "num_kv_shared_layers", None) or 0
     if shared > 0:
         reason = f"model {model.model} has {shared} layers that share another layer's cache, which are not computed on a GPU yet"
         raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
-    if head_size > MAX_GPU_HEAD_SIZE:
-        reason = f"model {model.model} has head size {head_size}; allowed on a GPU, where FlashAttention prefills, are up to 256"
+    size = model.get_head_size()
+    if size > MAX_GPU_HEAD_SIZE:
+        reason = f"model {model.model} has head size {size}; allowed on a GPU, where FlashAttention prefills, are up to 256"
         raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
     if model.dtype.itemsize != 2:
         given = str(model.dtype).removeprefix("torch.")
         reason = f"cannot be combined with --dtype {given} on a GPU, where FlashAttention prefills"
         raise refuse(FLAG, dtype, f"{reason}; allowed are bfloat16 and float16", "use --dtype bfloat16")
-    missing = _missing_flash_attention()
+
+
+def _check_flash_attention(dtype: str) -> None:
+    missing = missing_flash_attention()
     if missing is not None:
         reason = f"needs FlashAttention 2 or 3 on a GPU, which this installation of vLLM lacks ({missing})"
         raise refuse(FLAG, dtype, reason, "install vLLM's CUDA wheel or use --kv-cache-dtype auto")
 
 
-def _missing_flash_attention() -> str | None:
+def missing_flash_attention() -> str | None:
     """Why vLLM's FlashAttention cannot run here; None where it can."""
     try:
         from vllm.vllm_flash_attn.flash_attn_interface import fa_version_unsupported_reason
@@ -177,7 +182,7 @@ def check_engine_args(args: Any, model: Any, platform: Any) -> None:
     if not is_ours(dtype):
         return
     settings = TurboQuantSettings.from_additional_config(args.additional_config)
-    _check_platform(dtype, platform)
+    check_platform(dtype, platform)
     _check_options(dtype, args, platform)
     _check_model(dtype, model, platform)
     _check_calibration(settings, args, model)

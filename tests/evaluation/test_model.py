@@ -1,6 +1,7 @@
 """The evaluation on a random model: what it reads, what it collects, and that it can fail."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -274,5 +275,8 @@ def test_command_prints_a_row_a_case(model, capsys):
     assert ["calibrated" in row for row in rows] == [False, False, True, True] and "4 sinks" in rows[3]
     assert rows[0].split()[2:4] == ["512.0", "0.00000"] and rows[1].split()[2] == "132.0"
     assert all(float(row.split()[-4]) > 0 for row in rows[1:])
+    assert cli.main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [f"{row['kl']:.5f}" for row in found] == [row.split()[-4] for row in rows]
     assert cli.main(["evaluate", path, "--only", "int3"]) == 2
     assert "--only int3: allowed are auto, " in capsys.readouterr().err

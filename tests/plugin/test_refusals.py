@@ -50,16 +50,16 @@ def test_every_connector_but_lmcache_passes(engine_config: EngineConfig) -> None
     ],
 )
 def test_hardware(cuda: bool, capability: tuple[int, int], parts: tuple[str, ...]) -> None:
-    from vllm_turboquant.refusals import _check_platform
+    from vllm_turboquant.refusals import check_platform
 
     platform = SimpleNamespace(
         is_cpu=lambda: False, is_cuda=lambda: cuda, device_name="Fake", get_device_capability=lambda: capability
     )
     if not parts:
-        _check_platform("turboquant", platform)
+        check_platform("turboquant", platform)
         return
     with pytest.raises(TurboQuantError) as caught:
-        _check_platform("turboquant", platform)
+        check_platform("turboquant", platform)
     check_sentence(str(caught.value), parts)
 
 
@@ -123,7 +123,7 @@ def test_models_on_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model.hf_text_config = model.hf_config = text
     model.get_head_size = lambda: size
     gpu = SimpleNamespace(is_cuda=lambda: True)
-    monkeypatch.setattr(refusals, "_missing_flash_attention", lambda: missing)
+    monkeypatch.setattr(refusals, "missing_flash_attention", lambda: missing)
     if not parts:
         refusals._check_model("turboquant", model, gpu)
         return
@@ -134,6 +134,6 @@ def test_models_on_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flash_attention_missing_from_this_installation(plugin: None) -> None:
     """vLLM's CPU build has none: the reason is told instead of raised."""
-    from vllm_turboquant.refusals import _missing_flash_attention
+    from vllm_turboquant.refusals import missing_flash_attention
 
-    assert _missing_flash_attention()
+    assert missing_flash_attention()

@@ -21,6 +21,7 @@ FILES = (
     "arguments",
     "selection",
     "planning",
+    "planner",
     "views",
     "refusals",
     "rotary",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from tqdm import tqdm
 
 from ..kernels.basis import KeyBasis
 from ..kernels.statistics import bucket_shifts, bucket_tokens, shifts
@@ -33,5 +34,6 @@ def calibrate(model: EvaluatedModel, served: int, texts: Sequence[torch.Tensor] 
     turns = model.turns(shifts(served))
     longest = max(len(text) for text in texts)
     buckets = torch.stack([torch.stack(model.turns(inside)).mean(0) for inside in bucket_shifts(served, longest)])
-    spread = (statistics.spread(turns, buckets, bucket_tokens(served)) for statistics in model.statistics(texts))
+    bar = tqdm(texts, "calibrating keys", unit="text", disable=None)
+    spread = (statistics.spread(turns, buckets, bucket_tokens(served)) for statistics in model.statistics(bar))
     return [statistics.basis() for statistics in spread]

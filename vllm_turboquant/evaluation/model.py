@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,7 @@ class EvaluatedModel:
             self.model.set_attn_implementation(self._name)
 
     @torch.inference_mode()
-    def statistics(self, texts: Sequence[torch.Tensor]) -> list[KeyStatistics]:
+    def statistics(self, texts: Iterable[torch.Tensor]) -> list[KeyStatistics]:
         """Of each layer, over token sequences int64 ``[T]``, unquantised."""
         self._statistics = {}
         try:

@@ -1,0 +1,67 @@
+"""``vllm-turboquant plan`` against the lines that vLLM itself writes at start, within 1%."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .harness import ENVIRONMENT, Flags, ServerPool
+from .test_engines import LLM, run_jobs
+
+MIB = 2**20
+MEMORY = LLM["kv_cache_memory_bytes"]
+
+
+def planned(model: Path, *options: str) -> dict[str, Any]:
+    """By dtype, of the command itself."""
+    command = [sys.executable, "-m", "vllm_turboquant.cli", "plan", str(model), "--json", *options]
+    environment = os.environ | ENVIRONMENT | {"TURBOQUANT_DEBUG": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {row["dtype"]: row for row in json.loads(done.stdout)["rows"]}
+
+
+def test_engines_say_what_was_planned(smollm2: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Full attention, sliding windows, and head sizes mixed within one model; blocks of the user's choice."""
+    dtypes = {
+        smollm2: ("auto", "fp8", "turboquant", "turboquant-k3v3"),
+        tiny_models["gemma3"]: ("auto", "turboquant", "turboquant-k2v2"),
+        tiny_models["gemma4"]: ("auto", "turboquant-k8v4", "turboquant-k4v4-qjl"),
+    }
+    pairs = [(model, dtype) for model, names in dtypes.items() for dtype in names]
+    jobs = [
+        {
+            "name": str(index),
+            "prompts": [[1, 2, 3]],
+            "max_tokens": 1,
+            "llm": LLM | {"model": str(model), "dtype": "bfloat16", "kv_cache_dtype": dtype},
+        }
+        for index, (model, dtype) in enumerate(pairs)
+    ]
+    run_jobs(jobs, tmp_path)
+    log = (tmp_path / "engines.log").read_text(errors="replace")
+    lines = re.findall(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x", log)
+    assert len(lines) == len(pairs)
+    options = [f"--{name.replace('_', '-')}={LLM[name]}" for name in ("max_model_len", "max_num_batched_tokens", "block_size")]
+    plans = {model: planned(model, f"--kv-cache-memory={MEMORY}", "--dtype=bfloat16", *options) for model in dtypes}
+    for (model, dtype), (tokens, length, requests) in zip(pairs, lines, strict=True):
+        row = plans[model][dtype]
+        print(f"{model.name} {dtype}: vLLM {tokens} tokens {requests}x, planned {row['tokens']:,} tokens {row['requests']:.2f}x")
+        assert (f"{row['tokens']:,}", f"{row['longest']:,}", f"{row['requests']:.2f}") == (tokens, length, requests)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "turboquant"])
+def test_servers_line_within_one_percent(dtype: str, smollm2: Path, pool: ServerPool) -> None:
+    """vLLM chooses everything; what it says of its memory is rounded to hundredths of a GiB."""
+    (server,) = pool.get(Flags(smollm2, dtype, dtype="bfloat16", extra=("--max-model-len=4096",)))
+    (memory,) = re.findall(r"Available KV cache memory: ([\d.]+) GiB|\(([\d.]+)/[\d.]+\) GiB for KV cache", server.log())[-1:]
+    found = planned(smollm2, f"--kv-cache-memory={memory[0] or memory[1]}GiB", "--max-model-len=4096")[dtype]
+    print(f"{dtype}: vLLM {server.cache_tokens():,} tokens of {memory}, planned {found['tokens']:,}")
+    assert found["tokens"] == pytest.approx(server.cache_tokens(), rel=0.01)
