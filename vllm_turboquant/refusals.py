@@ -87,6 +87,12 @@ def _check_calibration(settings: TurboQuantSettings, args: Any, model: Any) -> N
         remedy = f'make a file with "{CALIBRATE}" and name it on every server, or set "{OFF}"'
         raise refuse(CALIBRATION, f"{AUTO!r}, the default", reason, remedy)
     path = settings.calibration_file
+    if path is not None and args.pipeline_parallel_size > 1:
+        # Files have the layers of a whole model.
+        reason = (
+            f"a calibration file cannot be combined with --pipeline-parallel-size {args.pipeline_parallel_size}; allowed is 1"
+        )
+        raise refuse(CALIBRATION, path, reason, f'set "{OFF}"')
     if path is not None:
         from .calibration_file import CalibrationFileError, configured_identity, mismatch, read_identity
 

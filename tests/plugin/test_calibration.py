@@ -203,3 +203,6 @@ def test_a_named_file_is_checked_before_anything_starts(
         with pytest.raises(TurboQuantError) as caught:
             engine_config(**served, **named)
         check_sentence(str(caught.value), ("--additional-config", str(path), reason, 'make one with "vllm-turboquant calibrate"'))
+    with pytest.raises(TurboQuantError) as caught:
+        engine_config(tensor_parallel_size=RANKS, pipeline_parallel_size=2, **_file_for(engine_config(), path, bases))
+    check_sentence(str(caught.value), ("--additional-config", str(path), "--pipeline-parallel-size 2; allowed is 1", 'set "off"'))
