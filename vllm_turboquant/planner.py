@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, ensure_model_parallel_initialized, init_distributed_environment
+from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.engine import arg_utils
 from vllm.engine.arg_utils import EngineArgs
@@ -99,9 +100,9 @@ def plan(wanted: Wanted) -> Plan:
         try:
             model = _build(config)
         except (ValueError, NotImplementedError):
-            if config.model_config.quantization is None:
+            if config.model_config.quantization is None or _chooses_cache(config):
                 raise
-            # This machine lacks kernels for such weights. The cache does not depend on them.
+            # This machine lacks kernels for such weights, on which the cache does not depend.
             exact = False
             wanted = replace(wanted, engine=wanted.engine | {"hf_overrides": {"quantization_config": None}})
             config = _config(wanted, "auto", foreign)
@@ -121,6 +122,12 @@ def plan(wanted: Wanted) -> Plan:
         budget=memory,
         rows=rows,
     )
+
+
+def _chooses_cache(config: VllmConfig) -> bool:
+    """Whether the checkpoint says how its keys and values are quantised, so that ``auto`` is not the model's dtype."""
+    described: Any = getattr(config.model_config.hf_config, "quantization_config", None)
+    return isinstance(described, dict) and any("kv_cache" in key and value for key, value in described.items())
 
 
 def _row(dtype: str, wanted: Wanted, foreign: bool, memory: int) -> Row:
@@ -154,10 +161,7 @@ def _planned(config: VllmConfig, dtype: str, memory: int) -> Row:
     current_platform.update_block_size_for_backend(config)
     register_all_kvcache_specs(config)
     specs = get_kv_cache_spec(config)
-    layers = config.compilation_config.static_forward_context
-    # An order of their own would be random from run to run.
-    backends = list(dict.fromkeys(layers[name].get_attn_backend() for name in specs))
-    layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
+    layouts = [layout.name for layout in get_supported_kv_cache_layouts(get_current_attn_backends(config))]
     resolve_kv_cache_layout(config, [layouts], list(specs.values()))
     planned = _kv_cache_config(config, specs, memory)
     tokens, requests = get_kv_cache_capacity(config, planned)

@@ -159,6 +159,10 @@ def test_quantised_weights_without_kernels_here(
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": {}}))
     budget = planner(str(tmp_path), 80 * GIB, **options).budget
     assert (budget.weights, budget.weights_from, budget.checkpoint) == (total // 2, "checkpoint", total)
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}  # auto would mean fp8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="ScaledMM"):
+        planner(str(tmp_path), 80 * GIB, 8 * GIB, **options)
 
 
 @pytest.mark.parametrize("model", ["mla", "encoder-decoder", "alibi-always", "head-24", "attention-free"])
