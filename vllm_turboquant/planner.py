@@ -166,7 +166,7 @@ def _planned(config: VllmConfig, dtype: str, memory: int) -> Row:
     planned = _kv_cache_config(config, specs, memory)
     tokens, requests = get_kv_cache_capacity(config, planned)
     block_size = min(group.kv_cache_spec.block_size for group in planned.kv_cache_groups)
-    pool = sum(tensor.size for tensor in planned.kv_cache_tensors)
+    pool = planned.kv_cache_tensors[0].size  # of the allocation that all groups share
     return Row(dtype, tokens, requests, config.model_config.max_model_len, block_size, pool / tokens)
 
 

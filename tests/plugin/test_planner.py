@@ -118,6 +118,7 @@ def test_sliding_windows(planner: Planner, seed: int) -> None:
         requests = (memory // (3 * 16 * head)) / a_request
         assert row.requests == pytest.approx(requests, rel=1e-12), dtype
         assert row.tokens == int(requests * 32768), dtype
+        assert row.bytes_per_token == pytest.approx(memory / row.tokens, rel=1e-3), dtype  # less than a block is left over
 
 
 def test_defaults_are_those_of_a_gpu(planner: Planner) -> None:
@@ -203,3 +204,5 @@ def test_hybrid_models_are_planned(planner: Planner, models: dict[str, str]) -> 
         size = found[dtype].block_size
         blocks = memory // (2 * size * 4 * slot_bytes(dtype, 256))
         assert found[dtype].requests == pytest.approx(blocks / (ceil(8192 / size) + 3 * 2), rel=1e-12), dtype
+        # Less than one of several hundred blocks is left over.
+        assert found[dtype].bytes_per_token == pytest.approx(memory / found[dtype].tokens, rel=1e-2), dtype
