@@ -26,7 +26,8 @@ def doctor(*options: str, **environment: str) -> Outcome:
     settings = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
     settings = {name: value for name, value in settings.items() if value or name not in environment}
     command = [sys.executable, "-m", "vllm_turboquant.cli", "doctor", "--json", *options]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300)
+    # Not in the repository, whose egg-info is a distribution too.
+    done = subprocess.run(command, env=settings, cwd="/", capture_output=True, text=True, timeout=300)
     assert done.stdout, done.stderr[-4000:]
     report = json.loads(done.stdout)
     assert report["serves"] is (done.returncode == 0)
@@ -40,7 +41,7 @@ def doctor(*options: str, **environment: str) -> Outcome:
 def _first_on_path(folder: Path, name: str, text: str) -> str:
     (folder / name).mkdir(parents=True)
     (folder / name / "__init__.py").write_text(text)
-    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 def _without_entry_point(folder: Path) -> str:
@@ -48,7 +49,7 @@ def _without_entry_point(folder: Path) -> str:
     information = folder / "vllm_turboquant-0.0.dist-info"
     information.mkdir(parents=True)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-turboquant\nVersion: 0.0\n")
-    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 def _setups(root: Path) -> dict[str, dict[str, str]]:

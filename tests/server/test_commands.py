@@ -1,4 +1,4 @@
-"""``vllm-turboquant plan`` against the lines that vLLM itself writes at start, within 1%."""
+"""``vllm-turboquant plan`` against the lines that vLLM itself writes at start, ``doctor --url`` against real servers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
+from tests.plugin.test_doctor import doctor
+
 from .harness import ENVIRONMENT, Flags, ServerPool
 from .test_engines import LLM, run_jobs
 
 MIB = 2**20
 MEMORY = LLM["kv_cache_memory_bytes"]
+SERVED = ("--max-model-len=4096",)  # vLLM chooses everything else
 
 
 def planned(model: Path, *options: str) -> dict[str, Any]:
@@ -31,9 +34,9 @@ def planned(model: Path, *options: str) -> dict[str, Any]:
 def test_engines_say_what_was_planned(smollm2: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     """Full attention, sliding windows, and head sizes mixed within one model; blocks of the user's choice."""
     dtypes = {
-        smollm2: ("auto", "fp8", "turboquant", "turboquant-k3v3"),
-        tiny_models["gemma3"]: ("auto", "turboquant", "turboquant-k2v2"),
-        tiny_models["gemma4"]: ("auto", "turboquant-k8v4", "turboquant-k4v4-qjl"),
+        smollm2: ("fp8", "turboquant-k3v3"),
+        tiny_models["gemma3"]: ("auto", "turboquant"),
+        tiny_models["gemma4"]: ("auto", "turboquant-k8v4"),
     }
     pairs = [(model, dtype) for model, names in dtypes.items() for dtype in names]
     jobs = [
@@ -59,9 +62,31 @@ def test_engines_say_what_was_planned(smollm2: Path, tiny_models: dict[str, Path
 
 @pytest.mark.parametrize("dtype", ["auto", "turboquant"])
 def test_servers_line_within_one_percent(dtype: str, smollm2: Path, pool: ServerPool) -> None:
-    """vLLM chooses everything; what it says of its memory is rounded to hundredths of a GiB."""
-    (server,) = pool.get(Flags(smollm2, dtype, dtype="bfloat16", extra=("--max-model-len=4096",)))
+    """What vLLM says of its memory is rounded to hundredths of a GiB."""
+    (server,) = pool.get(Flags(smollm2, dtype, dtype="bfloat16", extra=SERVED))
     (memory,) = re.findall(r"Available KV cache memory: ([\d.]+) GiB|\(([\d.]+)/[\d.]+\) GiB for KV cache", server.log())[-1:]
-    found = planned(smollm2, f"--kv-cache-memory={memory[0] or memory[1]}GiB", "--max-model-len=4096")[dtype]
+    found = planned(smollm2, f"--kv-cache-memory={memory[0] or memory[1]}GiB", *SERVED)[dtype]
     print(f"{dtype}: vLLM {server.cache_tokens():,} tokens of {memory}, planned {found['tokens']:,}")
     assert found["tokens"] == pytest.approx(server.cache_tokens(), rel=0.01)
+
+
+def test_preset_blocks_and_tokens_of_a_server(smollm2: Path, pool: ServerPool) -> None:
+    (server,) = pool.get(Flags(smollm2, "turboquant", dtype="bfloat16", extra=SERVED))
+    code, facts, _ = doctor("--url", server.url)
+    assert code == 0, facts
+    assert {name: fact["state"] for name, fact in facts.items()} == dict.fromkeys(("server", "vllm", "model", "kv cache"), "ok")
+    assert facts["model"]["detail"] == "m, requests of up to 4,096 tokens"
+    match = re.fullmatch(r"turboquant: ([\d,]+) blocks of (\d+) tokens, ([\d,]+) tokens", facts["kv cache"]["detail"])
+    assert match is not None, facts["kv cache"]
+    blocks, size, tokens = (int(number.replace(",", "")) for number in match.groups())
+    assert tokens == server.cache_tokens()
+    assert tokens == blocks * size  # full attention, and a length of whole blocks
+
+
+def test_server_of_another_dtype(smollm2: Path, pool: ServerPool) -> None:
+    (server,) = pool.get(Flags(smollm2, "auto", dtype="bfloat16", extra=SERVED))
+    code, facts, _ = doctor("--url", f"{server.url}/")
+    assert code == 1
+    assert [name for name, fact in facts.items() if fact["state"] == "failed"] == ["kv cache"]
+    assert facts["kv cache"]["detail"].startswith("does not serve turboquant but dtype auto: ")
+    assert facts["kv cache"]["cure"] == "start the server with --kv-cache-dtype turboquant"
