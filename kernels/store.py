@@ -23,6 +23,9 @@ from .transform import rotation_matrix
 from .vectors import bucket_of, token_units
 
 _TOKENS = 16
+# Up to so many tokens, programs are too few to hide each other's latency, so each gets more warps.
+FEW_TOKENS = 256
+_FEW_WARPS, _MANY_WARPS = 8, 4
 # bf16 and fp32 inputs are brought down by an exact power of two, so that sums of the largest finite values stay finite.
 _PRESCALE = 2.0**-40
 
@@ -189,6 +192,6 @@ def store(
         BASIS=basis is not None,
         BUCKETS=buckets > 1,
         PRE=1.0 if key.dtype == torch.float16 else _PRESCALE,
-        num_warps=4,
+        num_warps=_FEW_WARPS if tokens <= FEW_TOKENS else _MANY_WARPS,
         **page_arguments(cache, fmt),
     )

@@ -17,7 +17,6 @@ from .kernels.format import UNIT_TOKENS
 from .kernels.recent_claim import RecentUnits, frame_bytes, frames_needed
 
 logger = init_logger("vllm.turboquant")
-ON_GPU = False  # the kernels are there, no card has run them yet
 # That have exact tokens at a time: bounds the pools where vLLM would run a thousand. Others are read from codes.
 MAX_REQUESTS = 256
 # Speculation without layers of its own, whose cache and steps would be others than the model's.
@@ -32,11 +31,9 @@ class RecentPools:
     value: torch.Tensor
 
 
-def obstacle(vllm_config: VllmConfig, device: torch.device) -> str | None:
+def obstacle(vllm_config: VllmConfig) -> str | None:
     """Why the newest tokens cannot be kept; None where they can. Without, all tokens are read from codes, as stored."""
     speculation = vllm_config.speculative_config
-    if device.type == "cuda" and not ON_GPU:
-        return "on GPUs that is not offered yet"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector fills blocks that no step of this server stores"
     if speculation is not None and speculation.method not in _WITHOUT_LAYERS:
@@ -67,7 +64,7 @@ def reserve_pools(vllm_config: VllmConfig, device: torch.device) -> None:
     windowed = [impl for impl in compressed_layers(vllm_config) if impl.format.preset.recent]
     if not windowed:
         return
-    window, reason = windowed[0].format.preset.recent, obstacle(vllm_config, device)
+    window, reason = windowed[0].format.preset.recent, obstacle(vllm_config)
     if reason is not None:
         logger.info_once("TurboQuant: the newest %d tokens are read from codes like all others: %s.", window, reason)
         return

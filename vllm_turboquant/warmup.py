@@ -14,7 +14,7 @@ from .kernels.format import UNIT_TOKENS
 from .kernels.prefill import load_context
 from .kernels.recent_claim import RecentUnits
 from .kernels.recent_keep import keep
-from .kernels.store import store
+from .kernels.store import FEW_TOKENS, store
 from .workspace import prefill_scratch
 
 
@@ -61,10 +61,12 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
     fmt, heads, kv_heads, d = impl.format, impl.num_heads, impl.num_kv_heads, impl.head_size
     cache = torch.zeros(1, kv_heads, block_size, fmt.slot_bytes, dtype=torch.uint8, device=device)
     # Rows of the fused projection that vLLM hands over, so that strides specialise alike.
-    qkv = torch.zeros(1, (heads + 2 * kv_heads) * d, dtype=dtype, device=device)
+    qkv = torch.zeros(FEW_TOKENS + 1, (heads + 2 * kv_heads) * d, dtype=dtype, device=device)
     query, key, value = (x.unflatten(1, (-1, d)) for x in qkv.split([heads * d, kv_heads * d, kv_heads * d], dim=1))
-    slots = torch.zeros(1, dtype=torch.int64, device=device)
-    store(key, value, cache, slots, fmt, impl.basis, torch.zeros_like(slots))
+    nowhere = torch.full((len(qkv),), -1, dtype=torch.int64, device=device)
+    for tokens in (1, len(qkv)):
+        store(key, value, cache, nowhere[:tokens], fmt, impl.basis, torch.zeros_like(nowhere))
+    query, key, value, slots = query[:1], key[:1], value[:1], torch.zeros_like(nowhere[:1])
     table = torch.zeros(1, 16, dtype=torch.int32, device=device)
     one = torch.ones(1, dtype=torch.int32, device=device)
     starts = torch.tensor([0, 1], dtype=torch.int32, device=device)

@@ -4,7 +4,7 @@ basis, and its portable one.
     python -m tests.bench.context                8192 tokens, every head size and preset that both cover
 
 Appends a row a shape to results/context_<card>.jsonl. A time is the median of replays of a CUDA graph with one call, by
-triton's do_bench. `floor_ms` is the time an H100's memory needs to read the pages and write the workspaces once.
+triton's do_bench. `floor_ms` is the time the card's memory needs to read the pages and write the workspaces once.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from vllm_turboquant.kernels.format import DEFAULT_PRESET, page_format
 from vllm_turboquant.kernels.prefill import load_context
 
 from ..gpu.shadow import cached
-from .decode import H100_BYTES_PER_SECOND, milliseconds, random_pages
-from .rows import append_row
+from .decode import milliseconds, random_pages
+from .rows import append_row, floor_ms
 from .shapes import calibrated_basis
 
 
@@ -95,7 +95,7 @@ def measure(shape: Shape) -> dict[str, object]:
         "ours_ms": round(milliseconds(run_ours), 4),
         "calibrated_ms": round(milliseconds(run_calibrated), 4),
         "portable_ms": round(milliseconds(run_portable), 4),
-        "floor_ms": round(shape.tokens * shape.kv_heads * stored / H100_BYTES_PER_SECOND * 1e3, 4),
+        "floor_ms": floor_ms(shape.tokens * shape.kv_heads * stored),
     }
 
 

@@ -8,7 +8,7 @@
 Appends a row a shape to results/decode_<card>.jsonl. All kernels run in one process; a time is the median of replays of a
 CUDA graph with one call, by triton's do_bench. Ours includes the rotation of the query, the merge of splits and the rotation
 back: ours_ms data-free, calibrated_ms under a key basis. FlashAttention's scheduler metadata is computed beforehand, as vLLM
-does. `floor_ms` is the time an H100's memory needs for the compressed tokens alone. A rival that does not fit in memory or
+does. `floor_ms` is the time the card's memory needs for the compressed tokens alone. A rival that does not fit in memory or
 refuses a shape is null.
 """
 
@@ -26,10 +26,8 @@ from vllm_turboquant.kernels.cuda import launch
 from vllm_turboquant.kernels.format import DEFAULT_PRESET, PageFormat, page_format
 
 from .rivals import rivals
-from .rows import append_row
+from .rows import append_row, floor_ms
 from .shapes import GROUPS, QUICK, Shape, calibrated_basis, lengths_of, milliseconds, table_of
-
-H100_BYTES_PER_SECOND = 3.05e12
 
 
 def random_pages(blocks: int, kv_heads: int, page: int, fmt: PageFormat) -> torch.Tensor:
@@ -109,7 +107,7 @@ def measure(shape: Shape, with_rivals: bool) -> dict[str, object]:
     }
     if with_rivals and shape.rivals:
         row |= rivals(replace(shape, page=16, preset=DEFAULT_PRESET))
-    return {**row, "floor_ms": round(stored / H100_BYTES_PER_SECOND * 1e3, 4)}
+    return {**row, "floor_ms": floor_ms(stored)}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import json
 from typing import Any
 
 from vllm_turboquant.config import is_ours
+from vllm_turboquant.kernels.format import PRESETS
 
 from .rows import RESULTS, ROOT
 
@@ -85,12 +86,18 @@ def engine_table(rows: dict[str, Row]) -> list[str]:
     return lines
 
 
+def window_of(name: str) -> int:
+    """How many of the newest tokens a server reads exactly under this dtype."""
+    return PRESETS[name].recent if is_ours(name) else 0
+
+
 def fidelity_rows() -> dict[tuple[str, bool, int], dict[tuple[str, int], Row]]:
     """By (dtype, calibrated, skipped layers), then (model, context): the newest rows of what can be served."""
     found: dict[tuple[str, bool, int], dict[tuple[str, int], Row]] = {}
     for model in MODELS:
         for row in read(f"fidelity_{model}"):
-            if not row["sinks"] and not row["window"] and row["context"] in CONTEXTS and row["name"] != "auto":
+            as_served = not row["sinks"] and row["window"] == window_of(row["name"])
+            if as_served and row["context"] in CONTEXTS and row["name"] != "auto":
                 case = row["name"], row["calibrated"], row["skipped_layers"]
                 found.setdefault(case, {})[model, row["context"]] = row
     return found
@@ -133,8 +140,8 @@ def section() -> str:
         "",
         "Fidelity (`tests/bench/fidelity.py`): KL divergence of the next token from the model with exact keys and values, in",
         "nats, and how often both find the same token likeliest, over 8,192 held-out tokens in contexts of 512 and 4096. All",
-        "keys and values are read back from compressed blocks; vLLM's own dtypes are emulated. Bytes are those of a token and",
-        "KV head of 128 dims:",
+        "keys and values are read back from compressed blocks, but for the newest 64 tokens of `turboquant-k3v3` and `-k2v2`, which",
+        "servers keep exactly; vLLM's own dtypes are emulated. Bytes are those of a token and KV head of 128 dims:",
         "",
         *fidelity_table(),
         "",

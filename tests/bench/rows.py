@@ -9,6 +9,21 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[2]
+# Bytes a second that a copy on the card moves, those read and those written counted.
+MEMORY = {"h100": 3.05e12, "h200": 4.3e12}
+
+
+def card_name(card: str) -> str:
+    """A card's short name, as files of rows have it."""
+    return "h200" if "H200" in card else "h100" if "H100" in card else card.lower().replace(" ", "-")
+
+
+def floor_ms(moved: float) -> float | None:
+    """Milliseconds that the card's memory needs to move so many bytes; None for a card whose memory is not known here."""
+    import torch
+
+    speed = MEMORY.get(card_name(torch.cuda.get_device_name()))
+    return None if speed is None else round(moved / speed * 1e3, 4)
 
 
 def kernels_tree() -> str:
@@ -26,9 +41,8 @@ def append_row(name: str, row: dict[str, object]) -> str:
     import vllm
 
     card = torch.cuda.get_device_name()
-    short = "h200" if "H200" in card else "h100" if "H100" in card else card.lower().replace(" ", "-")
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "triton": triton.__version__}
-    return write_row(f"{name}_{short}", {**row, "card": card, **versions})
+    return write_row(f"{name}_{card_name(card)}", {**row, "card": card, **versions})
 
 
 def write_row(name: str, row: dict[str, object]) -> str:

@@ -3,7 +3,7 @@
     python -m tests.bench.store
 
 Appends a row a shape to results/store_<card>.jsonl. A time is the median of replays of a CUDA graph with one call, by
-triton's do_bench. `floor_ms` is the time an H100's memory needs to read bf16 keys and values and write their codes once.
+triton's do_bench. `floor_ms` is the time the card's memory needs to read bf16 keys and values and write their codes once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from vllm_turboquant.kernels.format import DEFAULT_PRESET, page_format
 from vllm_turboquant.kernels.store import store
 
-from .decode import H100_BYTES_PER_SECOND
-from .rows import append_row
+from .rows import append_row, floor_ms
 from .shapes import calibrated_basis, milliseconds
 
 PAGE = 16
@@ -63,7 +62,7 @@ def measure(shape: Shape) -> dict[str, object]:
         "preset": shape.preset,
         "ours_ms": round(times[0], 4),
         "calibrated_ms": round(times[1], 4),
-        "floor_ms": round(shape.tokens * shape.kv_heads * moved / H100_BYTES_PER_SECOND * 1e3, 4),
+        "floor_ms": floor_ms(shape.tokens * shape.kv_heads * moved),
     }
 
 

@@ -18,8 +18,11 @@ from vllm_turboquant.kernels import prefill, store
 from vllm_turboquant.kernels.cuda import context, launch
 from vllm_turboquant.kernels.cuda.variant import supported, supported_pages
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
+from vllm_turboquant.kernels.recent_attend import attend_recent
+from vllm_turboquant.kernels.recent_keep import keep
 
 from ..kernels.oracle import make_batch, random_basis
+from ..kernels.recent_oracle import make_recent
 from .decodes import prepared
 
 LENGTHS = [1, 16, 33, 0, 700]
@@ -60,6 +63,18 @@ def run_context(load_context, batch, basis):
     load_context(batch.cache, batch.block_table, first, starts, 683, *sides, batch.fmt, basis=basis)
 
 
+def run_recent(head_size, group, options):
+    """Attention to exact tokens, and the copy into pools whose last frame ends with the allocation."""
+    batch = make_recent([(3, 3, 0), (90, 3, 22), (0, 0, 0), (64, 1, 30)], 3, 2, group, head_size, 32, BF16, 0, **options)
+    tensors = [x.contiguous().cuda() for x in batch.tensors]
+    query, out, lse = (x.contiguous().cuda() for x in (batch.query, batch.out, batch.lse))
+    attend_recent(query, out, lse, *tensors, 0.3, batch.block_size, batch.max_query_len, **options)
+    pools, frame_of = tensors[:2], tensors[2]
+    slots = torch.arange(len(frame_of) * 16 - 21, dtype=torch.int64).cuda()
+    rows = [torch.randn(len(slots), 2, head_size).to(BF16).cuda() for _ in range(2)]
+    keep(*rows, slots, *pools, frame_of, torch.zeros(2, head_size).cuda())
+
+
 def main():
     kernels = sys.argv[1:] or ["cuda", "copies", "portable"]
     torch.cuda.init()
@@ -81,6 +96,11 @@ def main():
                 run_decode(kernel, batch, query_len, options)
             torch.cuda.synchronize()
             print(f"ran: {kernel}, {fmt.preset.name} d={fmt.head_size} group {group} query tokens {query_len} {list(options)}")
+    if "portable" in kernels:
+        for head_size, group, options in ((64, 4, {}), (80, 7, {"window": 45}), (256, 16, {"soft_cap": 2.0})):
+            run_recent(head_size, group, options)
+            torch.cuda.synchronize()
+            print(f"ran: recent window, d={head_size} group {group} {list(options)}")
     assert not launch._counters(torch.cuda.current_device()).any()
 
 

@@ -34,9 +34,7 @@ def auto_logits(smollm2, folder):
 
 def reference_divergence(path, texts, preset, bases=None):
     """KL of the same model in plain torch whose attention reads keys and values through ``kernels.reference``'s pages."""
-    from vllm_turboquant.recent import ON_GPU
-
-    case = Case(preset, calibrated=bases is not None, window=PRESETS[preset].recent if ON_GPU else 0)
+    case = Case(preset, calibrated=bases is not None, window=PRESETS[preset].recent)
     (result,) = divergences(EvaluatedModel(str(path)), [case], list(texts), bases)
     return result.figures()["kl"]
 

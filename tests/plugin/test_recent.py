@@ -152,12 +152,11 @@ def test_where_it_cannot_be(rig: Any) -> None:
     from vllm_turboquant.recent import obstacle
 
     made = rig("turboquant-k3v3", Layer(head_size=D))
-    cpu = torch.device("cpu")
-    assert obstacle(made.config, cpu) is None
+    assert obstacle(made.config) is None
     made.config.speculative_config = SimpleNamespace(method="ngram", num_speculative_tokens=3)
-    assert obstacle(made.config, cpu) is None
+    assert obstacle(made.config) is None
     made.config.speculative_config = SimpleNamespace(method="eagle", num_speculative_tokens=3)
-    assert "eagle" in str(obstacle(made.config, cpu))
+    assert "eagle" in str(obstacle(made.config))
     made.config.speculative_config = None
     made.config.kv_transfer_config = SimpleNamespace()
-    assert "KV connector" in str(obstacle(made.config, cpu))
+    assert "KV connector" in str(obstacle(made.config))
