@@ -100,13 +100,6 @@ def test_speculation_changes_no_more_than_autos(generate, speculation):
     assert shares[ours] > shares["auto"] - 1 / 6 - 0.01
 
 
-def test_calibrated_graphs_follow_eager(generate):
-    """The store under a key basis finds the positions of the step that replays, not of the one that was captured."""
-    eager, *others = (generate("turboquant", options | CALIBRATED)["answers"] for options in (EAGER, GRAPHS, GRAPHS | NGRAM))
-    for answers in others:
-        assert compare(answers, eager) > 0.5
-
-
 MIXED = EAGER | CHUNKED | NGRAM
 SHADOWED = {
     **{preset: (preset, "llama", MIXED) for preset in PRESETS},
