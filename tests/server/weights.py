@@ -1,0 +1,41 @@
+"""Random weights for vLLM's ``load_format="dummy"``, whose own are so small that a cache could hold anything."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+
+def _numbers(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """float32 of ``tensor``'s shape, the same wherever a parameter has this name and shape."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    normal = torch.randn(tensor.shape, generator=generator)
+    last = name.rpartition(".")[2]
+    if last in ("A", "A_log"):  # rates of decay of state layers; A is -exp(A_log)
+        rates = normal.abs() + 0.1
+        return -rates if last == "A" else rates.log()
+    if last == "dt_bias":
+        return normal * 0.5 - 2
+    if tensor.ndim < 2 or "norm" in name:
+        kept = tensor.float().cpu()  # a norm that is left out is one or zero, by how the model counts it
+        return kept + 0.1 * normal if "norm" in name else normal
+    if "embed" in name:
+        return normal
+    # Attention that looks somewhere: logits of a few units.
+    return normal * (1.5 if "q" in last or "attn" in name else 1.0) / tensor.shape[-1] ** 0.5
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Overwrites all floating-point parameters."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(_numbers(name, parameter))
+
+
+def install() -> None:
+    """In this process every dummy load fills its model so."""
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    DummyModelLoader.load_weights = lambda self, model, model_config: fill(model)  # type: ignore[method-assign]
