@@ -3,7 +3,7 @@
 For what needs many start-ups and no HTTP. A process of its own, because an engine leaves global state behind and the
 other tests import other versions of vLLM. A job: {"name", "prompts": [[token, ...], ...], "max_tokens",
 "llm": {arguments}}, and optionally "then": what is done before the prompts are asked again, by the names in ``ACTIONS``, one
-list of answers more for each.
+list of answers more for each; "given": False leaves out the prompts' log-probabilities, with which no prefix is reused.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ _collect = gc.collect
 def ask(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
+    given = 0 if job.get("given", True) else None
     sampling = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=2, prompt_logprobs=0, detokenize=False
+        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=2, prompt_logprobs=given, detokenize=False
     )
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling, use_tqdm=False)
     answers = []
     for output in outputs:
         steps = [sorted((p.logprob for p in step.values()), reverse=True) for step in output.outputs[0].logprobs]
-        given = [step[token].logprob for step, token in zip(output.prompt_logprobs, output.prompt_token_ids, strict=True) if step]
+        read = zip(output.prompt_logprobs or (), output.prompt_token_ids, strict=False)
         answers.append(
             {
-                "prompt_logprobs": given,
+                "prompt_logprobs": [step[token].logprob for step, token in read if step],
                 "tokens": list(output.outputs[0].token_ids),
                 "logprobs": [step[0] for step in steps],
                 "gaps": [step[0] - step[1] for step in steps],
@@ -94,9 +95,21 @@ def _note_writers() -> None:
     TurboQuantImpl.do_kv_cache_update = do_kv_cache_update  # type: ignore[method-assign]
 
 
+def _once(owner: Any, name: str) -> None:
+    """What looks through all modules, and fails on those that n-gram speculation loads, is done at the first start."""
+    original, done = getattr(owner, name), []
+
+    def first() -> None:
+        if not done:
+            done.append(original())
+
+    setattr(owner, name, first)
+
+
 def prepare() -> None:
     """What makes a start of a tiny model take one second instead of four; a dummy load gets weights that a cache matters to."""
     import vllm.model_executor.models.registry as registry
+    from vllm.platforms import current_platform
 
     from . import weights
 
@@ -106,6 +119,7 @@ def prepare() -> None:
     gc.collect = lambda generation=2: 0  # type: ignore[assignment]
     # It looks at model classes in processes of their own, to keep CUDA out of this one, and there is no CUDA.
     registry._run_in_subprocess = lambda function: function()  # type: ignore[assignment]
+    _once(current_platform, "register_triton_kernel_overrides")
     weights.install()
     _note_writers()
 
