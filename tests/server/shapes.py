@@ -104,10 +104,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": _WINDOW,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 1024},
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 1024,
+        },
     },
     "mixtral": _COMMON
-    | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64},
+    | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 64,
+    },
     "qwen 3 moe": _COMMON | _MOE | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 64},
     "jamba": _COMMON
     | {

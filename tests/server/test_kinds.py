@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import statistics
 from pathlib import Path
 from typing import Any
