@@ -3,7 +3,8 @@
 For what needs many start-ups and no HTTP. A process of its own, because an engine leaves global state behind and the
 other tests import other versions of vLLM. A job: {"name", "prompts": [[token, ...], ...], "max_tokens",
 "llm": {arguments}}, and optionally "then": what is done before the prompts are asked again, by the names in ``ACTIONS``, one
-list of answers more for each; "given": False leaves out the prompts' log-probabilities, with which no prefix is reused.
+list of answers more for each; "given": False leaves out the prompts' log-probabilities, with which no prefix is reused;
+"regex": what answers must match; "lora": the folder of an adapter.
 """
 
 from __future__ import annotations
@@ -26,12 +27,22 @@ _collect = gc.collect
 
 def ask(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import StructuredOutputsParams
 
-    given = 0 if job.get("given", True) else None
+    regex = job.get("regex")
     sampling = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=2, prompt_logprobs=given, detokenize=False
+        temperature=0,
+        max_tokens=job["max_tokens"],
+        ignore_eos=regex is None,
+        logprobs=2,
+        prompt_logprobs=0 if job.get("given", True) else None,
+        detokenize=regex is not None,
+        structured_outputs=None if regex is None else StructuredOutputsParams(regex=regex),
     )
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling, use_tqdm=False)
+    adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
     answers = []
     for output in outputs:
         steps = [sorted((p.logprob for p in step.values()), reverse=True) for step in output.outputs[0].logprobs]
@@ -39,6 +50,7 @@ def ask(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
         answers.append(
             {
                 "prompt_logprobs": [step[token].logprob for step, token in read if step],
+                "text": output.outputs[0].text,
                 "tokens": list(output.outputs[0].token_ids),
                 "logprobs": [step[0] for step in steps],
                 "gaps": [step[0] - step[1] for step in steps],

@@ -23,6 +23,8 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
     "dtype": "float32",
 }
+# So few tokens that a draft of random weights is right now and then.
+_FEW = {"vocab_size": 16}
 _LLAMA = _COMMON | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 64}
 _WINDOW = 48
 _ALTERNATING = ["sliding_attention", "full_attention"] * 2
@@ -180,4 +182,68 @@ SHAPES: dict[str, dict[str, Any]] = {
         "linear_conv_kernel_dim": 4,
         "shared_expert_intermediate_size": 32,
     },
+    "llama 4": _COMMON
+    | {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "head_dim": 64,
+        "num_hidden_layers": 4,
+        "attention_chunk_size": 64,
+        "interleave_moe_layer_step": 1,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 128,
+        "no_rope_layers": [1, 1, 1, 0],
+        "use_qk_norm": True,
+        "hidden_act": "silu",
+        "attn_temperature_tuning": False,
+    },
+}
+
+_TARGET = _LLAMA | _FEW | {"num_hidden_layers": 8}
+_DRAFT = _TARGET | {"num_hidden_layers": 1}
+_PACKED = _LLAMA | {"hidden_size": 256, "intermediate_size": 256}
+
+# Models that serve to show something else.
+HELPERS: dict[str, dict[str, Any]] = {
+    "target": _TARGET,
+    "drafter": _DRAFT,
+    "eagle": _DRAFT | {"architectures": ["EagleLlamaForCausalLM"]},
+    "eagle 3": _DRAFT | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 16},
+    "glm 4 moe": _COMMON
+    | _FEW
+    | {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "num_nextn_predict_layers": 1,
+        "head_dim": 64,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": True,
+        "partial_rotary_factor": 0.5,
+        "hidden_act": "silu",
+    },
+    "awq": _PACKED
+    | {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}},
+    "gptq": _PACKED
+    | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}},
+    "own cache": _LLAMA
+    | {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
+            "config_groups": {},
+            "ignore": ["lm_head"],
+        }
+    },
+    "words": _LLAMA | {"vocab_size": 49152},  # SmolLM2's
 }

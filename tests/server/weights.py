@@ -22,16 +22,21 @@ def _numbers(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return kept + 0.1 * normal if "norm" in name else normal
     if "embed" in name:
         return normal
+    if last == "scales":  # of codes from -8 to 7, whose root mean square is 4.6
+        return (normal.abs() + 0.5) * 0.2 / (tensor.shape[0] * 128) ** 0.5
     # Attention that looks somewhere: logits of a few units.
     return normal * (1.5 if "q" in last or "attn" in name else 1.0) / tensor.shape[-1] ** 0.5
 
 
 def fill(model: torch.nn.Module) -> None:
-    """Overwrites all floating-point parameters."""
+    """Overwrites all floating-point parameters, and packed codes of quantised weights."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():
                 parameter.copy_(_numbers(name, parameter))
+            elif not name.endswith("g_idx"):  # in which group a row is
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                parameter.copy_(torch.randint(-(2**31), 2**31, parameter.shape, generator=generator))
 
 
 def install() -> None:
