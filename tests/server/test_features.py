@@ -127,7 +127,7 @@ def results(root: Path, smollm2: Path) -> Results:
         jobs.add(f"preemption/{dtype}", "llama", dtype, disable_log_stats=False, num_gpu_blocks_override=9, block_size=32)
         grammar = {"tokenizer": str(smollm2), "skip_tokenizer_init": False}
         jobs.add(f"grammar/{dtype}", "words", dtype, {"regex": REGEX}, **grammar)
-        jobs.add(f"adapter/{dtype}", "llama", dtype, {"lora": str(root / "adapter")}, enable_lora=True, max_lora_rank=8)
+        jobs.add(f"adapter/{dtype}", "llama", dtype, {"lora": str(root / "adapter"), "given": False}, enable_lora=True, max_lora_rank=8)
     adapter(root)
     real = {"model": real_weights(root), "load_format": "auto"}
     for dtype in BOTH:
