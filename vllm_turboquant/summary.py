@@ -32,7 +32,7 @@ def report(vllm_config: VllmConfig, kv_cache_config: Any, specs: dict[str, Any],
     line = describe(vllm_config, kv_cache_config, specs, calibration)
     logger.info("TurboQuant: %s", line)
     parallel = vllm_config.parallel_config
-    status.write(f"{parallel.data_parallel_rank}-{get_pp_group().rank_in_group}", line)
+    status.write(f"{parallel.data_parallel_index}-{get_pp_group().rank_in_group}", line)
 
 
 def describe(vllm_config: VllmConfig, kv_cache_config: Any, specs: dict[str, Any], calibration: str) -> str:
