@@ -7,8 +7,6 @@ import random
 import statistics
 from pathlib import Path
 
-import pytest
-
 from tests.plugin.test_doctor import doctor
 
 from .answers import assert_same, complete, story
@@ -38,10 +36,8 @@ def test_ngram_speculation(pool: ServerPool, smollm2: Path, rng: random.Random) 
 def on_ranks(pool: ServerPool, model: Path, kv: str, kind: str = "tensor") -> list[Server]:
     """A server of one rank and one of two."""
     extra = ("--max-model-len=512", "--max-num-batched-tokens=128", "--kv-cache-memory-bytes=64M", "--block-size=32")
-    more = (*extra, f"--{kind}-parallel-size=2")
-    if kind == "pipeline":  # vLLM's second stage fails without a warm-up, which neither eager mode nor a named memory has
-        more = (*(flag for flag in more if "memory" not in flag), "--num-gpu-blocks-override=256")
-    return pool.get(Flags(model, kv, extra=extra), Flags(model, kv, extra=more, cores=2, eager=kind != "pipeline"))
+    two = Flags(model, kv, extra=(*extra, f"--{kind}-parallel-size=2"), cores=2)
+    return pool.get(Flags(model, kv, extra=extra), two)
 
 
 def test_tensor_parallel(pool: ServerPool, tiny_models: dict[str, Path], rng: random.Random) -> None:
@@ -54,27 +50,17 @@ def test_tensor_parallel(pool: ServerPool, tiny_models: dict[str, Path], rng: ra
     assert pair[1].cache_tokens() == 2 * pair[0].cache_tokens()
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "data"])
-def test_stages_and_replicas(kind: str, pool: ServerPool, tiny_models: dict[str, Path], rng: random.Random) -> None:
-    """Stages hold two of the four layers each, replicas all of them; doctor repeats what each of them logged."""
-    pair = on_ranks(pool, tiny_models["llama"], LOSSLESS, kind)
+def test_replicas(pool: ServerPool, tiny_models: dict[str, Path], rng: random.Random) -> None:
+    """Data parallelism; doctor repeats what each of both engines logged."""
+    pair = on_ranks(pool, tiny_models["llama"], LOSSLESS, "data")
     prompts = [story(rng, words) for words in (2, 30, 90, 7)]
     single, parallel = side_by_side(*(lambda s=s: side_by_side(*(lambda p=p: complete(s, p, 24) for p in prompts)) for s in pair))
     assert_same(single, parallel)
     code, facts, _ = doctor("--url", pair[1].url, TURBOQUANT_DEBUG="1")
     assert code == 0, facts
     told = [fact["detail"].split(" | ") for name, fact in facts.items() if name.startswith("compression")]
-    if kind == "pipeline":
-        assert [line.split("; ")[:2] for line in told[0]] == [
-            [
-                f"{LOSSLESS}, pipeline stage {stage} of 2",
-                "2 attention layers compressed (512 bytes per token and KV head of 64 dims)",
-            ]
-            for stage in (1, 2)
-        ]
-    else:
-        assert len(told) == 2 and all(len(lines) == 2 for lines in told)
-        assert {line.split("; ")[0] for lines in told for line in lines} == {LOSSLESS}
+    assert len(told) == 2 and all(len(lines) == 2 for lines in told)
+    assert {line.split("; ")[0] for lines in told for line in lines} == {LOSSLESS}
 
 
 def prompt_logprobs(server: Server, prompts: list[str]) -> list[float]:
