@@ -50,7 +50,6 @@ def ask(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
         answers.append(
             {
                 "prompt_logprobs": [step[token].logprob for step, token in read if step],
-                "text": output.outputs[0].text,
                 "tokens": list(output.outputs[0].token_ids),
                 "logprobs": [step[0] for step in steps],
                 "gaps": [step[0] - step[1] for step in steps],

@@ -194,10 +194,15 @@ def test_preemption(results: Results) -> None:
     assert_same(answers(results, "llama/auto"), answers(results, f"preemption/{LOSSLESS}"))
 
 
-def test_grammar(results: Results) -> None:
+def test_grammar(results: Results, smollm2: Path) -> None:
+    """Decoded here: vLLM repeats pieces of a prompt that is no text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     for dtype in ("auto", *BOTH):
-        assert all(re.fullmatch(REGEX, one["text"]) for one in results[f"grammar/{dtype}"]["answers"])
-    assert len({one["text"] for one in results["grammar/auto"]["answers"]}) > 1
+        texts = [tokenizer.decode(one["tokens"], skip_special_tokens=True) for one in results[f"grammar/{dtype}"]["answers"]]
+        assert all(re.fullmatch(REGEX, text) for text in texts), texts
+        assert len(set(texts)) > 1
     assert_same(*(answers(results, f"grammar/{dtype}") for dtype in ("auto", LOSSLESS)))
 
 
