@@ -26,6 +26,7 @@ from .kernels.format import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE
 logger = logging.getLogger("vllm.turboquant")
 SKIP_LAYERS = "--kv-cache-dtype-skip-layers"
 SLIDING = "sliding_window"  # vLLM's word for all layers with one
+NON_CAUSAL = ("dflash", "dspark")
 MIN_CAPABILITY = (8, 0)
 MAX_GPU_HEAD_SIZE = 256  # of FlashAttention
 # These always use ALiBi and say so nowhere in their configuration.
@@ -175,6 +176,13 @@ def missing_flash_attention() -> str | None:
     return None if None in reasons else reasons[-1]
 
 
+def _check_drafter(dtype: str, draft: dict[str, Any]) -> None:
+    method = draft.get("method") or next((name for name in NON_CAUSAL if name in str(draft.get("model")).lower()), None)
+    if is_ours(dtype) and method in NON_CAUSAL:
+        reason = f"cannot be combined with --speculative-config's method {method}, whose drafter attends without causal mask"
+        raise refuse(FLAG, dtype, reason, 'use another drafter or set "kv_cache_dtype": "auto" in --speculative-config')
+
+
 def check_engine_args(args: Any, model: Any, platform: Any) -> None:
     """Raises TurboQuantError for what cannot be served.
 
@@ -188,6 +196,7 @@ def check_engine_args(args: Any, model: Any, platform: Any) -> None:
     check_dtype_name(draft_dtype, on_cpu=platform.is_cpu())
     if is_ours(draft_dtype) and draft.get("attention_backend") is not None:
         raise refuse_backend(draft_dtype, draft["attention_backend"])
+    _check_drafter(draft_dtype, draft)
     if not is_ours(dtype):
         return
     settings = TurboQuantSettings.from_additional_config(args.additional_config)

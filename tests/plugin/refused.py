@@ -122,6 +122,14 @@ REFUSALS: dict[str, Refusal] = {
         args={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "kv_cache_dtype": "turboquant-k9v9"}},
         parts=("--kv-cache-dtype turboquant-k9v9", ALLOWED, f"use {FLAG}."),
     ),
+    "drafter without causal mask": Refusal(
+        args={"speculative_config": {"method": "dflash", "model": "drafter", "num_speculative_tokens": 2}},
+        parts=(FLAG, "--speculative-config's method dflash", "without causal mask", "another drafter", "auto"),
+    ),
+    "drafter without causal mask by its name": Refusal(
+        args={"speculative_config": {"model": "org/Model-DFlash-b16", "num_speculative_tokens": 2}},
+        parts=(FLAG, "--speculative-config's method dflash", "without causal mask", "another drafter", "auto"),
+    ),
     "draft's backend": Refusal(
         args={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "attention_backend": "FLASH_ATTN"}},
         parts=(FLAG, "FLASH_ATTN", "allowed is none", "drop --attention-backend"),
