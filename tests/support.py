@@ -93,6 +93,7 @@ MODELS = (
         WORKS,
         (
             *_of(ANSWERS, "qwen 3 next", "nemotron h"),
+            "server/test_features.py::test_prefixes_beside_states",
             "plugin/test_planning.py::test_hybrid_pages_unify_with_little_padding",
             "plugin/test_planning.py::test_padding_of_hybrids",
         ),
@@ -119,6 +120,7 @@ MODELS = (
         _of("server/test_features.py::test_quantised_weights", "awq", "gptq"),
     ),
     Kind("fp8 checkpoints", UNTESTED),
+    Kind("Multimodal models whose images are attended causally", UNTESTED),
     Kind(
         "Checkpoints with a KV cache of their own: the flag wins, a line says so",
         WORKS,

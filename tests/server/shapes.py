@@ -15,7 +15,7 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": 2,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
@@ -38,17 +38,6 @@ _GEMMA = _COMMON | {
     "layer_types": _ALTERNATING,
 }
 _MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1}
-_MAMBA2 = {
-    "mamba_d_state": 16,
-    "mamba_d_conv": 4,
-    "mamba_expand": 2,
-    "mamba_d_head": 32,
-    "mamba_n_heads": 4,
-    "mamba_n_groups": 1,
-    "mamba_chunk_size": 64,
-    "mamba_conv_bias": True,
-    "mamba_proj_bias": False,
-}
 
 
 def _llama(head_dim: int, kv_heads: int) -> dict[str, Any]:
@@ -124,27 +113,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
     },
     "qwen 3 moe": _COMMON | _MOE | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 64},
-    "jamba": _COMMON
-    | {
-        "architectures": ["JambaForCausalLM"],
-        "model_type": "jamba",
-        "num_hidden_layers": 4,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "expert_layer_offset": 1,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "mamba_d_state": 16,
-        "mamba_d_conv": 4,
-        "mamba_expand": 2,
-        "mamba_dt_rank": 8,
-        "use_mamba_kernels": False,
-        "head_dim": 64,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "hidden_size": 128,
-    },
     "nemotron h": _COMMON
     | {
         "architectures": ["NemotronHForCausalLM"],

@@ -146,6 +146,10 @@ def results(root: Path, smollm2: Path) -> Results:
         whole = {"max_num_batched_tokens": 512, "kv_transfer_config": connector, "disable_log_stats": False} | UNCALIBRATED
         jobs.add(f"storage/{dtype}", "llama", dtype, {"given": False, "then": ["reset the prefix cache"]}, **whole)
         jobs.add(f"storage again/{dtype}", "llama", dtype, {"given": False}, **whole)
+    long = {"prompts": [prompt(jobs.rng, 1000), prompt(jobs.rng, 2100)], "max_tokens": 2, "given": False, "then": ["ask again"]}
+    states = {"block_size": None, "dtype": "bfloat16", "max_model_len": 4096, "max_num_batched_tokens": 1024}
+    states |= {"kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": True, "disable_log_stats": False}
+    jobs.add("states/turboquant", "qwen 3 next", K4V4, long, **states)
     jobs.add("plain/turboquant", "llama", K4V4, {"given": False}, max_num_batched_tokens=512, **UNCALIBRATED)
     return jobs.run()
 
@@ -186,6 +190,17 @@ def test_prefixes(kind: str, results: Results) -> None:
         for index in (0, 1):
             assert_same(first, answers(again(results, name, index), "again"))
     assert_same(*(answers(results, f"prefixes of {kind}/{dtype}") for dtype in ("auto", LOSSLESS)))
+
+
+def test_prefixes_beside_states(results: Results, root: Path) -> None:
+    """A prompt of 1000 tokens is shorter than a block, whose length is said at start-up; a longer one is found again."""
+    found = results["states/turboquant"]
+    assert 1000 < found["block_size"] < 2100
+    assert found["metrics"]["prefix_cache_hits"] == found["block_size"]
+    said = f"cached prefixes are reused in steps of {found['block_size']} tokens, shorter ones not at all"
+    assert sum(said in line for line in lines(root)["states/turboquant"]) == 1
+    first, second = answers(results, "states/turboquant"), answers(again(results, "states/turboquant", 0), "again")
+    assert [a.tokens for a in first] == [a.tokens for a in second]
 
 
 def test_preemption(results: Results) -> None:

@@ -47,8 +47,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 BF16_TOLERANCE = 0.1
 # Two kernels that sum float32 in different orders: 1e-5 was measured on these models, a few layers deep.
 TOLERANCE = LOGPROB_TOLERANCE / 4
-# On a CPU vLLM has no kernel for the state layers of Mamba 1; llama is what the others are compared with in test_features.
-KINDS = tuple(kind for kind in SHAPES if kind not in ("jamba", "llama"))
+# llama is in test_features.
+KINDS = tuple(kind for kind in SHAPES if kind != "llama")
 SHARING = {"gemma 4": 2, "gemma 3n": 2}  # layers that read another one's cache
 
 
@@ -156,4 +156,8 @@ def test_line_after_start(kind: str, results: Results, log: Path) -> None:
     # What cannot be calibrated says why.
     why = {"nemotron h": "keeps a state", "qwen 3 next": "keeps a state", "llama 4": "attends within chunks"}.get(kind)
     assert ("not calibrated: layer " in line and why in line) if why else "; calibrated by " in line
+    # Beside states blocks are as long as a state is large, and a shorter prompt is never found again.
+    if "block_size" in OPTIONS.get(kind, {}):
+        steps = results[f"{kind}/{K4V4}"]["block_size"]
+        assert line.endswith(f"; cached prefixes are reused in steps of {steps} tokens, shorter ones not at all")
     assert not lines(log)[f"{kind}/auto"]
