@@ -122,8 +122,8 @@ def results(root: Path, smollm2: Path) -> Results:
         for dtype in BOTH if drafts == CODED else (LOSSLESS,):
             jobs.add(f"{case}/{dtype}", kind, dtype, speculative_config=method, disable_log_stats=False, **CROWDED)
     for dtype in ("auto", *BOTH):
-        again = {"given": False, "then": ["ask again", "reset the prefix cache"]}
-        for kind in ("llama", "gemma 3"):
+        again = {"given": False, "max_tokens": 8, "then": ["ask again", "reset the prefix cache"]}
+        for kind in ("llama", "gemma 3"):  # full attention, windows
             jobs.add(f"prefixes of {kind}/{dtype}", kind, dtype, again, disable_log_stats=False)
         jobs.add(f"preemption/{dtype}", "llama", dtype, disable_log_stats=False, num_gpu_blocks_override=9, block_size=32)
         grammar = {"tokenizer": str(smollm2), "skip_tokenizer_init": False}
