@@ -144,7 +144,7 @@ def _calibration(
     bases, problem = _load(path, identity)
     if _everywhere(bases is not None):
         _log("TurboQuant: calibration of %d layers loaded from %s.", len(identity.layers), path)
-        return path, bases, f"calibrated by {path}"
+        return path, bases, f"calibrated by {path.name}"
     if setting != AUTO:
         raise refuse_calibration_file(path, problem or "does not fit the weights of another rank")
     if problem and path.exists():
@@ -155,7 +155,7 @@ def _calibration(
     if reason is not None:
         _log(UNCALIBRATED, reason, warn=True)
         return None, None, f"not calibrated: {reason}"
-    return path, bases, f"calibrated by {path}"
+    return path, bases, f"calibrated by {path.name}"
 
 
 def _run(
