@@ -5,7 +5,6 @@ Raw numbers in our pages answer as a plain engine of dtype ``auto`` does; codes 
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ from .harness import LOSSLESS
 from .shapes import VOCABULARY
 from .test_engines import Results, answers, deviations, run_jobs
 from .test_kinds import BF16_TOLERANCE, K4V4, LLM, TOLERANCE, lines, prompt, write
+from .weights import adapter, real_weights
 
 REGEX = "[0-9]{3}-[a-f]{5}"
 BOTH = (LOSSLESS, K4V4)
@@ -61,49 +61,6 @@ class Jobs:
         return run_jobs(list(self.jobs.values()), self.root, VLLM_CACHE_ROOT=str(self.root / "cache"))
 
 
-def real_weights(root: Path) -> str:
-    """On disk, where they can be read again."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(root / "real")
-    return str(root / "real")
-
-
-def adapter(root: Path) -> str:
-    """Low-rank changes of what attention reads and writes."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder = root / "adapter"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for layer in range(2):
-        for name, width in (("q_proj", 256), ("k_proj", 128), ("v_proj", 128)):
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(8, 64, generator=generator) / 8
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(width, 8, generator=generator) / 2
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("features")
@@ -132,7 +89,7 @@ def results(root: Path, smollm2: Path) -> Results:
             f"adapter/{dtype}", "llama", dtype, {"lora": str(root / "adapter"), "given": False}, enable_lora=True, max_lora_rank=8
         )
     adapter(root)
-    real = {"model": real_weights(root), "load_format": "auto"}
+    real = {"model": real_weights(root, VOCABULARY), "load_format": "auto"}
     for dtype in BOTH:
         jobs.add(f"reload/{dtype}", "llama", dtype, {"then": ["reload the weights"]}, **real)
         jobs.add(f"awq/{dtype}", "awq", dtype, dtype="bfloat16")

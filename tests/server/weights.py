@@ -1,8 +1,10 @@
-"""Random weights for vLLM's ``load_format="dummy"``, whose own are so small that a cache could hold anything."""
+"""Random weights: for vLLM's ``load_format="dummy"``, whose own are so small that a cache could hold anything; and on disk."""
 
 from __future__ import annotations
 
+import json
 import zlib
+from pathlib import Path
 
 import torch
 
@@ -44,3 +46,44 @@ def install() -> None:
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     DummyModelLoader.load_weights = lambda self, model, model_config: fill(model)  # type: ignore[method-assign]
+
+
+def real_weights(root: Path, vocabulary: int) -> str:
+    """On disk, where they can be read again."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(root / "real")
+    return str(root / "real")
+
+
+def adapter(root: Path) -> str:
+    """Low-rank changes of what attention reads and writes."""
+    from safetensors.torch import save_file
+
+    folder = root / "adapter"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for layer in range(2):
+        for name, width in (("q_proj", 256), ("k_proj", 128), ("v_proj", 128)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(8, 64, generator=generator) / 8
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(width, 8, generator=generator) / 2
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
