@@ -143,7 +143,14 @@ FEATURES = (
     Kind(
         "Skipped layers that do not exist; all layers skipped",
         REFUSED,
-        _of(REFUSALS, "skipped layer that is none", "skipped kind that is none", "all layers skipped", "all windows skipped"),
+        _of(
+            REFUSALS,
+            "skipped layer that is none",
+            "skipped kind that is none",
+            "all layers skipped",
+            "all windows skipped",
+            "all attention of a hybrid skipped",
+        ),
     ),
     Kind(
         "Speculation by n-grams, drafts of 1, 3, 7",

@@ -26,6 +26,7 @@ from .kernels.format import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE
 logger = logging.getLogger("vllm.turboquant")
 SKIP_LAYERS = "--kv-cache-dtype-skip-layers"
 SLIDING = "sliding_window"  # vLLM's word for all layers with one
+STATES = ("linear", "mamba", "conv", "recurrent")  # kinds of layers without keys, in configurations
 NON_CAUSAL = ("dflash", "dspark")
 MIN_CAPABILITY = (8, 0)
 MAX_GPU_HEAD_SIZE = 256  # of FlashAttention
@@ -112,7 +113,8 @@ def _check_skip_layers(dtype: str, args: Any, model: Any) -> None:
         raise refuse(SKIP_LAYERS, entry, f"names no layer of {model.model}; {allowed}", "correct or drop it")
     kinds = getattr(model.hf_text_config, "layer_types", None) or [SLIDING if model.get_sliding_window() else ""] * count
     windows = {index for index, kind in enumerate(kinds) if SLIDING in skipped and str(kind).startswith("sliding")}
-    if all(index in windows or str(index) in skipped for index in range(count)):
+    attention = [index for index, kind in enumerate(kinds) if not str(kind).startswith(STATES)]
+    if all(index in windows or str(index) in skipped for index in attention):
         reason = f"leaves out every layer of {model.model}, so that {FLAG} {dtype} would compress nothing"
         raise refuse(SKIP_LAYERS, " ".join(skipped), reason, f"name fewer layers or use {FLAG} auto")
 

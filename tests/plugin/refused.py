@@ -122,6 +122,11 @@ REFUSALS: dict[str, Refusal] = {
         args={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "kv_cache_dtype": "turboquant-k9v9"}},
         parts=("--kv-cache-dtype turboquant-k9v9", ALLOWED, f"use {FLAG}."),
     ),
+    "all attention of a hybrid skipped": Refusal(
+        "hybrid",
+        {"kv_cache_dtype_skip_layers": ["3", "7"]},
+        ("--kv-cache-dtype-skip-layers 3 7:", "every layer", FLAG, "compress nothing", "name fewer layers"),
+    ),
     "drafter without causal mask": Refusal(
         args={"speculative_config": {"method": "dflash", "model": "drafter", "num_speculative_tokens": 2}},
         parts=(FLAG, "--speculative-config's method dflash", "without causal mask", "another drafter", "auto"),
