@@ -63,9 +63,10 @@ $(UNPACKED)/.complete: $(VENV)/.vllm deploy/unpack_vllm.py
 	$(BIN)/python deploy/unpack_vllm.py $(VLLM_UNPACKED) $(UNPACKED)
 	@touch $@
 
-# README tables and picture, out of the rows in tests/bench/results/.
+# README tables and pictures, out of the rows in tests/bench/results/ and the registry tests/support.py.
 figures: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench]'
+	$(BIN)/python -m tests.support
 	$(BIN)/python -m tests.bench.figures
 
 # Sdist and the wheel built from it, as they are released.

@@ -18,6 +18,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group, get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
@@ -30,10 +31,12 @@ from .key_bias import bias_bases
 
 logger = init_logger("vllm.turboquant")
 Bases = Mapping[str, KeyBasis]
+UNCALIBRATED = "TurboQuant: keys are stored without calibration: %s."
 
 
-def calibrate_worker(worker: Any) -> Path | None:
-    """Sets ``basis`` of the model's compressed layers; returns the calibration file that it was read from or written to.
+def calibrate_worker(worker: Any) -> tuple[Path | None, str]:
+    """Sets ``basis`` of the model's compressed layers; returns the calibration file that it was read from or written to, and in
+    words what is done to keys.
 
     worker: vLLM's Worker, its model loaded. Collective: all ranks call it. Raises TurboQuantError where a file that the user
     named does not fit the weights.
@@ -45,16 +48,18 @@ def calibrate_worker(worker: Any) -> Path | None:
     attention = {name: layer for name, layer in context.items() if isinstance(layer, AttentionLayerBase) and id(layer) in modules}
     layers = {name: layer for name, layer in attention.items() if _coded(getattr(layer, "impl", None))}
     if not layers:
-        return None
+        return None, "keys exact"
     setting = TurboQuantSettings.from_additional_config(config.additional_config).calibration
     path: Path | None = None
     bases: Bases | None = None
+    keys = "calibration off"
     if setting != OFF:
-        path, bases = _calibration(setting, config, model, attention, layers, worker.device)
+        path, bases, keys = _calibration(setting, config, model, attention, layers, worker.device)
     if bases is None:
         path, bases = None, _from_weights(config, model, layers)
+        keys += f", key bias subtracted in {len(bases)} layers" if bases else ""
     _set(layers, bases, worker)
-    return path
+    return path, keys
 
 
 def _coded(impl: object) -> bool:
@@ -64,7 +69,11 @@ def _coded(impl: object) -> bool:
 
 def _from_weights(config: VllmConfig, model: torch.nn.Module, layers: Mapping[str, Any]) -> Bases:
     """The weights-only mean, with one line that counts the layers."""
-    blind = {name: layer for name, layer in owners(layers).items() if centred(name, layers)}
+    blind = {
+        name: layer
+        for name, layer in owners(layers).items()
+        if centred(name, layers) and not isinstance(layer, ChunkedLocalAttention)  # means, too, are stored by position
+    }
     bases = bias_bases(model, blind, config.model_config.max_model_len)
     if bases:
         _log("TurboQuant: key bias of %d of %d layers subtracted from stored keys.", len(bases), len(owners(layers)))
@@ -121,14 +130,21 @@ def _calibration(
     attention: Mapping[str, Any],
     layers: Mapping[str, Any],
     device: torch.device,
-) -> tuple[Path | None, Bases | None]:
-    """From a file, or by running the model; None where neither can be."""
+) -> tuple[Path | None, Bases | None, str]:
+    """From a file, or by running the model; None where neither can be. And what was done, in words."""
+    for name, layer in layers.items():
+        if isinstance(layer, ChunkedLocalAttention):
+            reason: str | None = f"layer {name} attends within chunks, whose batches come without positions"
+            if setting != AUTO:
+                raise refuse_calibration_file(Path(setting), f"cannot be used, as {reason}")
+            _log(UNCALIBRATED, reason, warn=True)
+            return None, None, f"not calibrated: {reason}"
     identity = _identity(config, model, owners(layers))
     path = Path(setting) if setting != AUTO else cache_folder() / identity.file_name()
     bases, problem = _load(path, identity)
     if _everywhere(bases is not None):
         _log("TurboQuant: calibration of %d layers loaded from %s.", len(identity.layers), path)
-        return path, bases
+        return path, bases, f"calibrated by {path.name}"
     if setting != AUTO:
         raise refuse_calibration_file(path, problem or "does not fit the weights of another rank")
     if problem and path.exists():
@@ -137,9 +153,9 @@ def _calibration(
     if reason is None:
         bases, reason = _run(config, model, attention, layers, device, lambda own: _store(path, identity, own))
     if reason is not None:
-        _log("TurboQuant: keys are stored without calibration: %s.", reason, warn=True)
-        return None, None
-    return path, bases
+        _log(UNCALIBRATED, reason, warn=True)
+        return None, None, f"not calibrated: {reason}"
+    return path, bases, f"calibrated by {path.name}"
 
 
 def _run(

@@ -7,11 +7,13 @@
 | D | ``Platform.get_attn_backend_cls`` | wrap | wrap | no hook selects a backend by KV-cache dtype | vLLM has one |
 | E | ``EngineArgs.create_model_config`` | wrap | wrap | refuse what cannot be served before processes start | vLLM validates custom dtypes |
 | F | ``FlexibleArgumentParser._check_value`` | extend | - | argparse's own line offers names that are refused, and no remedy | 0.32 is dropped |
-| G | ``WorkerWrapperBase.get_kv_cache_spec`` | add | add | calibrate when weights are loaded, before the KV cache is sized | vLLM has a hook there |
+| G | ``WorkerWrapperBase.get_kv_cache_spec`` | add | add | calibrate when weights are loaded, before the KV cache is sized; pages of one size beside skipped layers | vLLM has a hook there |
+| I | ``WorkerWrapperBase.initialize_from_config`` | wrap | wrap | say after start-up what is compressed | vLLM has a hook there |
+| J | ``CacheConfig.metrics_info`` | wrap | wrap | the same as a label of ``vllm:cache_config_info`` | vLLM has a hook there |
 | H | ``sys.excepthook`` | chain | chain | a refusal ends in its sentence, not in a traceback | vLLM prints config errors so |
 
-All are applied together or not at all: first every structural check, then every patch; only G waits until a layer of ours is
-built, as it needs modules that no other process loads. G also puts stand-ins into layers while it runs the model
+All are applied together or not at all: first every structural check, then every patch; only G and I wait until a layer of ours
+is built, as they need modules that no other process loads. G also puts stand-ins into layers while it runs the model
 (``calibration_run``). The dtype name is the only
 switch: other dtypes go through the wrapped functions unchanged (E also refuses vLLM's own TurboQuant names on a CPU).
 Never dispatch on ``KVQuantMode``: upstream, CUSTOM and OCTAVE_K3V4 share the value 12.
@@ -27,7 +29,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from . import __version__
+from . import __version__, status
 from .config import BACKEND_NAME, FLAG, TurboQuantError, check_dtype_name, dtype_names, is_ours, refuse
 from .supported import SUPPORTED, structural_problems, supported_version
 
@@ -59,6 +61,7 @@ def activate() -> None:
     _register_backend()
     _wrap_backend_selection()
     _wrap_model_config()
+    _wrap_metrics_info()
     _chain_excepthook()
 
 
@@ -162,7 +165,7 @@ def _wrap_backend_selection() -> None:
         from .backend import backend_class
 
         backend = backend_class(dtype)
-        _add_calibration()
+        _follow_workers()
         reasons = backend.validate_configuration(device_capability=cls.get_device_capability(), **attn_selector_config._asdict())
         if reasons:
             raise refuse(
@@ -177,8 +180,8 @@ def _wrap_backend_selection() -> None:
     selector._cached_get_attn_backend.cache_clear()
 
 
-def _add_calibration() -> None:
-    """Patch G. The wrapper hands what it lacks to the worker, whichever class that is; every executor calls this at start."""
+def _follow_workers() -> None:
+    """Patches G and I, which every executor calls at start. The wrapper hands what it lacks to the worker, of whichever class."""
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
     wrapper: Any = WorkerWrapperBase
@@ -186,23 +189,36 @@ def _add_calibration() -> None:
         return
     if (
         "get_kv_cache_spec" in vars(wrapper)
+        or "initialize_from_config" not in vars(wrapper)
         or not hasattr(wrapper, "__getattr__")
         or not hasattr(WorkerBase, "get_kv_cache_spec")
     ):
         raise refuse(FLAG, "turboquant", "this vLLM's WorkerWrapperBase has changed", f"install vLLM {' or '.join(SUPPORTED)}")
+    original = wrapper.initialize_from_config
 
     def get_kv_cache_spec(self: Any) -> Any:
         from .calibration import calibrate_worker
+        from .pages import fit
 
         if "turboquant_calibration_file" not in vars(self):  # once a worker
-            self.turboquant_calibration_file = calibrate_worker(self.worker)
-        return self.worker.get_kv_cache_spec()
+            self.turboquant_calibration_file, self.turboquant_keys = calibrate_worker(self.worker)
+        self.turboquant_specs = self.worker.get_kv_cache_spec()
+        return fit(self.turboquant_specs, self.vllm_config)
+
+    @functools.wraps(original)
+    def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
+        from .summary import report
+
+        original(self, kv_cache_configs)
+        if "turboquant_specs" in vars(self):
+            report(self.vllm_config, kv_cache_configs[self.global_rank], self.turboquant_specs, self.turboquant_keys)
 
     def turboquant_calibration(self: Any) -> str | None:
         path = self.turboquant_calibration_file
         return None if path is None else str(path)
 
     wrapper.get_kv_cache_spec = get_kv_cache_spec
+    wrapper.initialize_from_config = initialize_from_config
     wrapper.turboquant_calibration = turboquant_calibration
 
 
@@ -219,9 +235,25 @@ def _wrap_model_config() -> None:
     def create_model_config(self: Any) -> Any:
         model_config = original(self)
         check_engine_args(self, model_config, current_platform)
+        if is_ours(self.kv_cache_dtype):
+            status.open_folder()
         return model_config
 
     EngineArgs.create_model_config = create_model_config
+
+
+def _wrap_metrics_info() -> None:
+    """Patch J, in the process that answers /metrics, once its engines are ready."""
+    from vllm.config import CacheConfig
+
+    original = CacheConfig.metrics_info
+
+    @functools.wraps(original)
+    def metrics_info(self: Any) -> dict[str, str]:
+        labels: dict[str, str] = original(self)
+        return labels | {status.LABEL: status.read()} if is_ours(self.cache_dtype) else labels
+
+    CacheConfig.metrics_info = metrics_info  # type: ignore[method-assign]
 
 
 def _chain_excepthook() -> None:

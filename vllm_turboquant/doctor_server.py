@@ -13,6 +13,7 @@ from urllib.request import urlopen
 from .config import FLAG, is_ours
 from .facts import Fact, failed, ok, warning
 from .kernels.format import DEFAULT_PRESET
+from .status import LABEL
 from .supported import SUPPORTED, supported_version
 
 TIMEOUT = 10  # seconds
@@ -91,10 +92,19 @@ def _caches(metrics: str) -> Iterator[Fact]:
         held = f"{_number(blocks)} blocks of {size} tokens, {_number(tokens)} tokens"
         if is_ours(dtype):
             yield ok(name, f"{dtype}: {held}")
+            yield _compression(labels, name.replace("kv cache", "compression"))
         else:
             yield failed(
                 name, f"does not serve turboquant but dtype {dtype}: {held}", f"start the server with {FLAG} {DEFAULT_PRESET}"
             )
+
+
+def _compression(labels: dict[str, str], name: str) -> Fact:
+    """What its workers logged after start-up: layers, bytes, tokens against auto, calibration."""
+    line = labels.get(LABEL, "")
+    if line:
+        return ok(name, line)
+    return warning(name, "no worker on the server's own machine said what it compresses", "read TurboQuant's lines in its log")
 
 
 def _number(digits: str) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
@@ -20,8 +19,6 @@ from .recent import RecentWindow, reserve_pools
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
-
-logger = init_logger("vllm.turboquant")
 
 
 @dataclass
@@ -60,7 +57,6 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         self.inexact = 0
         bases = [impl.basis for impl in compressed_layers(vllm_config, layer_names)]
         self.by_position = any(basis is not None and basis.buckets > 1 for basis in bases)
-        _log_compression(kv_cache_spec, vllm_config)
         reserve_pools(vllm_config, device)
         self.recent = RecentWindow.of(vllm_config, layer_names, device)
         if self.on_gpu:
@@ -121,28 +117,3 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
 
     def update_draft_decode_metadata(self, metadata: TurboQuantMetadata) -> None:
         """Nothing to do: kernels read the persistent tensors themselves."""
-
-
-def _log_compression(spec: AttentionSpec, vllm_config: VllmConfig) -> None:
-    """One line a process: what is compressed, what is not, and by how much."""
-    layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
-    kept: list[str] = []
-    compressed = 0
-    for name, layer in layers.items():
-        if not hasattr(layer, "attn_backend"):
-            continue
-        if hasattr(layer.attn_backend, "turboquant_preset"):
-            compressed += 1
-        else:
-            kept.append(name)
-    model_bytes = 2 * spec.head_size * vllm_config.model_config.dtype.itemsize
-    logger.info_once(
-        "TurboQuant: %d attention layers compressed as %s, %d not (%s); %d instead of %d bytes per token and KV head (%.2fx).",
-        compressed,
-        vllm_config.cache_config.cache_dtype,
-        len(kept),
-        ", ".join(kept) or "none",
-        spec.state_content_size_bytes,
-        model_bytes,
-        model_bytes / spec.state_content_size_bytes,
-    )

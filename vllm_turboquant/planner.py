@@ -32,6 +32,7 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
 from .budget import Budget, budget
+from .checkpoint import declared_cache
 from .config import dtype_names, is_ours
 from .refusals import check_gpu_model
 
@@ -100,7 +101,7 @@ def plan(wanted: Wanted) -> Plan:
         try:
             model = _build(config)
         except (ValueError, NotImplementedError):
-            if config.model_config.quantization is None or _chooses_cache(config):
+            if config.model_config.quantization is None or declared_cache(config.model_config):
                 raise
             # This machine lacks kernels for such weights, on which the cache does not depend.
             exact = False
@@ -122,12 +123,6 @@ def plan(wanted: Wanted) -> Plan:
         budget=memory,
         rows=rows,
     )
-
-
-def _chooses_cache(config: VllmConfig) -> bool:
-    """Whether the checkpoint says how its keys and values are quantised, so that ``auto`` is not the model's dtype."""
-    described: Any = getattr(config.model_config.hf_config, "quantization_config", None)
-    return isinstance(described, dict) and any("kv_cache" in key and value for key, value in described.items())
 
 
 def _row(dtype: str, wanted: Wanted, foreign: bool, memory: int) -> Row:

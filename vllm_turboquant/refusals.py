@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from . import connectors
+from .checkpoint import declared_cache
 from .config import (
     AUTO,
     CALIBRATE,
@@ -20,6 +23,11 @@ from .config import (
 )
 from .kernels.format import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE
 
+logger = logging.getLogger("vllm.turboquant")
+SKIP_LAYERS = "--kv-cache-dtype-skip-layers"
+SLIDING = "sliding_window"  # vLLM's word for all layers with one
+STATES = ("linear", "mamba", "conv", "recurrent")  # kinds of layers without keys, in configurations
+NON_CAUSAL = ("dflash", "dspark")
 MIN_CAPABILITY = (8, 0)
 MAX_GPU_HEAD_SIZE = 256  # of FlashAttention
 # These always use ALiBi and say so nowhere in their configuration.
@@ -61,27 +69,13 @@ def _check_options(dtype: str, args: Any, platform: Any) -> None:
     for backend in (args.attention_backend, attention.backend, *attention.backend_per_kind.values()):
         if backend is not None:
             raise refuse_backend(dtype, backend)
-    for connector in _connectors(args.kv_transfer_config):
-        if "lmcache" in connector.lower():
-            raise refuse(
-                FLAG,
-                dtype,
-                f"cannot be combined with --kv-transfer-config's {connector}, which computes page sizes of its own",
-                "use another connector or --kv-cache-dtype auto",
-            )
-    if args.kv_offloading_size is not None and args.kv_offloading_backend == "lmcache":
-        raise refuse(
-            FLAG,
-            dtype,
-            "cannot be combined with --kv-offloading-backend lmcache, which computes page sizes of its own; allowed is native",
-            "use --kv-offloading-backend native",
-        )
+    connectors.check(dtype, args)
 
 
 def _check_calibration(settings: TurboQuantSettings, args: Any, model: Any) -> None:
     if settings.calibration == OFF:
         return
-    if settings.calibration == AUTO and _connectors(args.kv_transfer_config):
+    if settings.calibration == AUTO and connectors.names(args.kv_transfer_config):
         # Calibrations of two servers differ by rounding at least, and each reads pages only under its own.
         reason = "cannot be combined with --kv-transfer-config, whose pages another server may read under another calibration"
         remedy = f'make a file with "{CALIBRATE}" and name it on every server, or set "{OFF}"'
@@ -104,13 +98,25 @@ def _check_calibration(settings: TurboQuantSettings, args: Any, model: Any) -> N
             raise refuse_calibration_file(path, problem)
 
 
-def _connectors(config: Any) -> list[str]:
-    """The names in a KVTransferConfig or its dict, those inside a MultiConnector included."""
-    if config is None:
-        return []
-    get = config.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
-    inner = (get("kv_connector_extra_config") or {}).get("connectors") or []
-    return [name for name in [get("kv_connector")] if name] + [name for one in inner for name in _connectors(one)]
+def _check_skip_layers(dtype: str, args: Any, model: Any) -> None:
+    """Every entry names layers of the model, and not all of them."""
+    skipped = list(args.kv_cache_dtype_skip_layers or ())
+    if not skipped:
+        return
+    count = model.get_total_num_hidden_layers()
+    # A drafter's layers are counted on from the model's.
+    known = {str(index) for index in range(count)} if args.speculative_config is None else None
+    for entry in skipped:
+        if entry == SLIDING or (entry.isdecimal() and (known is None or entry in known)):
+            continue
+        allowed = f"allowed are indices from 0 to {count - 1} and {SLIDING}"
+        raise refuse(SKIP_LAYERS, entry, f"names no layer of {model.model}; {allowed}", "correct or drop it")
+    kinds = getattr(model.hf_text_config, "layer_types", None) or [SLIDING if model.get_sliding_window() else ""] * count
+    windows = {index for index, kind in enumerate(kinds) if SLIDING in skipped and str(kind).startswith("sliding")}
+    attention = [index for index, kind in enumerate(kinds) if not str(kind).startswith(STATES)]
+    if all(index in windows or str(index) in skipped for index in attention):
+        reason = f"leaves out every layer of {model.model}, so that {FLAG} {dtype} would compress nothing"
+        raise refuse(SKIP_LAYERS, " ".join(skipped), reason, f"name fewer layers or use {FLAG} auto")
 
 
 def _check_model(dtype: str, model: Any, platform: Any) -> None:
@@ -172,6 +178,13 @@ def missing_flash_attention() -> str | None:
     return None if None in reasons else reasons[-1]
 
 
+def _check_drafter(dtype: str, draft: dict[str, Any]) -> None:
+    method = draft.get("method") or next((name for name in NON_CAUSAL if name in str(draft.get("model")).lower()), None)
+    if is_ours(dtype) and method in NON_CAUSAL:
+        reason = f"cannot be combined with --speculative-config's method {method}, whose drafter attends without causal mask"
+        raise refuse(FLAG, dtype, reason, 'use another drafter or set "kv_cache_dtype": "auto" in --speculative-config')
+
+
 def check_engine_args(args: Any, model: Any, platform: Any) -> None:
     """Raises TurboQuantError for what cannot be served.
 
@@ -185,10 +198,17 @@ def check_engine_args(args: Any, model: Any, platform: Any) -> None:
     check_dtype_name(draft_dtype, on_cpu=platform.is_cpu())
     if is_ours(draft_dtype) and draft.get("attention_backend") is not None:
         raise refuse_backend(draft_dtype, draft["attention_backend"])
+    _check_drafter(draft_dtype, draft)
     if not is_ours(dtype):
         return
     settings = TurboQuantSettings.from_additional_config(args.additional_config)
     check_platform(dtype, platform)
     _check_options(dtype, args, platform)
     _check_model(dtype, model, platform)
+    _check_skip_layers(dtype, args, model)
     _check_calibration(settings, args, model)
+    connectors.claim_folders(dtype, args, model, settings)
+    declared = declared_cache(model)
+    if declared is not None:
+        line = "TurboQuant: the checkpoint's own KV cache, %s, and its scales are ignored: %s %s was asked for."
+        logger.warning(line, declared, FLAG, dtype)

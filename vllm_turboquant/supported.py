@@ -35,6 +35,7 @@ def structural_problems(series: str) -> list[str]:
         "AttentionSpec.state_content_bytes": "state_content_bytes" in getattr(AttentionSpec, "__dataclass_fields__", {}),
         "register_backend": hasattr(registry, "register_backend"),
         "STR_DTYPE_TO_TORCH_DTYPE": hasattr(torch_utils, "STR_DTYPE_TO_TORCH_DTYPE"),
+        "CacheConfig.metrics_info": hasattr(cache.CacheConfig, "metrics_info"),
         "CacheDType": "auto" in get_args(getattr(cache, "CacheDType", None)),
     }
     if series == "0.32":

@@ -40,6 +40,7 @@ def fingerprint() -> dict[str, str]:
         "backends": repr(sorted(AttentionBackendEnum.__members__)),
         "selection": _identity(type(current_platform).get_attn_backend_cls.__func__),
         "model config": _identity(EngineArgs.create_model_config),
+        "metrics": _identity(cache.CacheConfig.metrics_info),
         "argparse": _identity(FlexibleArgumentParser._check_value),
         "excepthook": _identity(sys.excepthook),
     }

@@ -96,9 +96,44 @@ REFUSALS: dict[str, Refusal] = {
         args={"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"},
         parts=(FLAG, "--kv-offloading-backend lmcache", "allowed is native", "use --kv-offloading-backend native"),
     ),
+    "skipped layer that is none": Refusal(
+        args={"kv_cache_dtype_skip_layers": ["0", "6"]},
+        parts=(
+            "--kv-cache-dtype-skip-layers 6:",
+            "names no layer",
+            "indices from 0 to 5 and sliding_window",
+            "correct or drop it",
+        ),
+    ),
+    "skipped kind that is none": Refusal(
+        args={"kv_cache_dtype_skip_layers": ["full_attention"]},
+        parts=("--kv-cache-dtype-skip-layers full_attention:", "names no layer", "sliding_window", "correct or drop it"),
+    ),
+    "all layers skipped": Refusal(
+        args={"kv_cache_dtype_skip_layers": [str(layer) for layer in range(6)]},
+        parts=("--kv-cache-dtype-skip-layers 0 1 2 3 4 5:", "every layer", FLAG, "compress nothing", "name fewer layers"),
+    ),
+    "all windows skipped": Refusal(
+        "windows",
+        {"kv_cache_dtype_skip_layers": ["sliding_window"]},
+        ("--kv-cache-dtype-skip-layers sliding_window:", "every layer", FLAG, "compress nothing", "name fewer layers"),
+    ),
     "draft's preset": Refusal(
         args={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "kv_cache_dtype": "turboquant-k9v9"}},
         parts=("--kv-cache-dtype turboquant-k9v9", ALLOWED, f"use {FLAG}."),
+    ),
+    "all attention of a hybrid skipped": Refusal(
+        "hybrid",
+        {"kv_cache_dtype_skip_layers": ["3", "7"]},
+        ("--kv-cache-dtype-skip-layers 3 7:", "every layer", FLAG, "compress nothing", "name fewer layers"),
+    ),
+    "drafter without causal mask": Refusal(
+        args={"speculative_config": {"method": "dflash", "model": "drafter", "num_speculative_tokens": 2}},
+        parts=(FLAG, "--speculative-config's method dflash", "without causal mask", "another drafter", "auto"),
+    ),
+    "drafter without causal mask by its name": Refusal(
+        args={"speculative_config": {"model": "org/Model-DFlash-b16", "num_speculative_tokens": 2}},
+        parts=(FLAG, "--speculative-config's method dflash", "without causal mask", "another drafter", "auto"),
     ),
     "draft's backend": Refusal(
         args={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "attention_backend": "FLASH_ATTN"}},

@@ -123,7 +123,7 @@ def test_first_start_calibrates_and_later_ones_load(load: Load, seed: int, caplo
 
     def start(worker: SimpleNamespace) -> tuple[Path | None, str]:
         caplog.clear()
-        path = calibrate_worker(worker)
+        path, _ = calibrate_worker(worker)
         return path, "\n".join(record.getMessage() for record in caplog.records if "TurboQuant" in record.getMessage())
 
     caplog.set_level(logging.INFO, logger="vllm.turboquant")
@@ -161,10 +161,10 @@ def test_what_each_kind_of_layer_gets(load: Load, seed: int) -> None:
     from vllm_turboquant.calibration import calibrate_worker
 
     qwen = load("qwen2", seed % 1000)
-    assert calibrate_worker(qwen) is not None
+    assert calibrate_worker(qwen)[0] is not None
     calibrated = {name: layer.impl.basis for name, layer in layers(qwen).items()}
     off = load("qwen2", seed % 1000, calibration="off")
-    assert calibrate_worker(off) is None
+    assert calibrate_worker(off)[0] is None
     for name, layer in layers(off).items():
         basis = layer.impl.basis
         assert basis is not None and basis.means.norm() > 10
@@ -173,11 +173,11 @@ def test_what_each_kind_of_layer_gets(load: Load, seed: int) -> None:
         assert similarity.min() > 0.9, similarity
         assert (basis.forward @ basis.forward.mT - torch.eye(32)).abs().max() < 1e-5, "more than the plain rotation"
     capped = load("gemma2", seed % 1000)
-    assert calibrate_worker(capped) is not None
+    assert calibrate_worker(capped)[0] is not None
     for layer in layers(capped).values():
         assert not layer.impl.basis.means.any(), "a soft cap sees a subtracted mean"
     plain = load("llama", seed % 1000, calibration="off")
-    assert calibrate_worker(plain) is None
+    assert calibrate_worker(plain)[0] is None
     assert all(layer.impl.basis is None for layer in layers(plain).values())
 
 
@@ -192,7 +192,7 @@ def test_models_that_cannot_be_run(load: Load, seed: int, caplog: pytest.LogCapt
     worker.model.forward = lambda positions: None  # fails when it is run
     logging.getLogger("vllm").addHandler(caplog.handler)
     try:
-        assert calibrate_worker(worker) is None
+        assert calibrate_worker(worker)[0] is None
     finally:
         logging.getLogger("vllm").removeHandler(caplog.handler)
     (line,) = (

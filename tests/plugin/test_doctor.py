@@ -152,7 +152,7 @@ class _Ranks(_Stranger):
         "/version": '{"version": "0.34.1"}',
         "/metrics": """# TYPE vllm:cache_config_info gauge
 vllm:cache_config_info{block_size="16",cache_dtype="turboquant-k8v4",engine="0",kv_cache_size_tokens="1600",\
-num_gpu_blocks="100",prefix="a\\"} b,c"} 1.0
+num_gpu_blocks="100",prefix="a\\"} b,c",turboquant="turboquant-k8v4; 2 attention layers compressed"} 1.0
 vllm:cache_config_info{block_size="16",cache_dtype="fp8",engine="1",kv_cache_size_tokens="None",num_gpu_blocks="1000"} 1.0
 """,
     }
@@ -200,6 +200,9 @@ def test_engines_of_one_server_are_told_apart(serving: Callable[[type[_Stranger]
     assert "answers 401" in facts["model"]["detail"] and "API key" in facts["model"]["cure"]
     first, second = facts["kv cache of engine 0"], facts["kv cache of engine 1"]
     assert (first["state"], first["detail"]) == ("ok", "turboquant-k8v4: 100 blocks of 16 tokens, 1,600 tokens")
+    told = facts["compression of engine 0"]
+    assert (told["state"], told["detail"]) == ("ok", "turboquant-k8v4; 2 attention layers compressed")
+    assert "compression of engine 1" not in facts
     assert (second["state"], second["detail"][:42]) == ("failed", "does not serve turboquant but dtype fp8: 1")
 
 

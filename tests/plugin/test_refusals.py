@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,10 +35,38 @@ def test_refused_by_llm(case: str, engine_config: EngineConfig, models: dict[str
     check_sentence(str(caught.value), refusal.parts)
 
 
-def test_every_connector_but_lmcache_passes(engine_config: EngineConfig) -> None:
-    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-    settings = {"turboquant": {"calibration": "off"}}
-    assert engine_config(kv_transfer_config=connector, additional_config=settings).cache_config.cache_dtype == "turboquant"
+def test_every_connector_but_lmcache_passes(engine_config: EngineConfig, tmp_path: Path) -> None:
+    assert engine_config(**sharing(tmp_path / "new")).cache_config.cache_dtype == "turboquant"
+
+
+def sharing(folder: Path, **more: Any) -> dict[str, Any]:
+    extra = {"shared_storage_path": str(folder)}
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    return {"kv_transfer_config": connector, "additional_config": {"turboquant": {"calibration": "off"}}, **more}
+
+
+def test_shared_storage_of_other_pages(engine_config: EngineConfig, tmp_path: Path) -> None:
+    """vLLM's connector finds blocks by their tokens: what else they depend on is marked in the folder."""
+    engine_config(**sharing(tmp_path))
+    engine_config(**sharing(tmp_path))
+    changes = {
+        "kv_cache_dtype turboquant, not turboquant-k8v4": {"kv_cache_dtype": "turboquant-k8v4"},
+        "block_size None, not 64": {"block_size": 64},
+        "model_dtype bfloat16, not float32": {"dtype": "float32"},
+        "tensor_parallel_size 1, not 2": {"tensor_parallel_size": 2},
+    }
+    for words, change in changes.items():
+        with pytest.raises(TurboQuantError) as caught:
+            engine_config(**sharing(tmp_path, **change))
+        check_sentence(
+            str(caught.value), ("--kv-cache-dtype", f"shared storage {tmp_path} holds pages of {words}", "empty folder")
+        )
+    raw = tmp_path / "raw"
+    (raw / ("0f" * 16)).mkdir(parents=True)
+    (raw / ("0f" * 16) / "model.layers.0.safetensors").touch()
+    with pytest.raises(TurboQuantError) as caught:
+        engine_config(**sharing(raw))
+    check_sentence(str(caught.value), ("--kv-cache-dtype turboquant", f"{raw} holds pages of another dtype", "empty folder"))
 
 
 @pytest.mark.parametrize(

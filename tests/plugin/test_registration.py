@@ -67,7 +67,7 @@ def test_missing_structure_changes_nothing(name: str, fresh: dict[str, Any]) -> 
 
 
 def test_register_patches_once_and_silently(fresh: dict[str, Any]) -> None:
-    expected = {"torch dtypes", "backends", "selection", "model config", "excepthook"}
+    expected = {"torch dtypes", "backends", "selection", "model config", "metrics", "excepthook"}
     if fresh["version"].startswith("0.32"):
         expected |= {"dtypes", "schema", "argparse"}
     else:

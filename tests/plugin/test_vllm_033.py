@@ -20,6 +20,7 @@ FILES = (
     "registration",
     "arguments",
     "selection",
+    "summary",
     "planning",
     "planner",
     "views",

@@ -20,6 +20,7 @@ _LLAMA: dict[str, Any] = {
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
+    "windows": {**_LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
     "head-24": {**_LLAMA, "head_dim": 24},
     "head-592": {**_LLAMA, "head_dim": 592},
     # What vLLM asks of a configuration to decide on a bidirectional image prefix; Gemma 3 itself needs torchvision.

@@ -74,13 +74,23 @@ def test_preset_blocks_and_tokens_of_a_server(smollm2: Path, pool: ServerPool) -
     (server,) = pool.get(Flags(smollm2, "turboquant", dtype="bfloat16", extra=SERVED))
     code, facts, _ = doctor("--url", server.url)
     assert code == 0, facts
-    assert {name: fact["state"] for name, fact in facts.items()} == dict.fromkeys(("server", "vllm", "model", "kv cache"), "ok")
+    assert {name: fact["state"] for name, fact in facts.items()} == dict.fromkeys(
+        ("server", "vllm", "model", "kv cache", "compression"), "ok"
+    )
     assert facts["model"]["detail"] == "m, requests of up to 4,096 tokens"
     match = re.fullmatch(r"turboquant: ([\d,]+) blocks of (\d+) tokens, ([\d,]+) tokens", facts["kv cache"]["detail"])
     assert match is not None, facts["kv cache"]
     blocks, size, tokens = (int(number.replace(",", "")) for number in match.groups())
     assert tokens == server.cache_tokens()
     assert tokens == blocks * size  # full attention, and a length of whole blocks
+    # Word for word what the server logged: 30 layers of 3 heads of 64 dims.
+    told = facts["compression"]["detail"]
+    assert f"TurboQuant: {told}\n" in server.log()
+    assert told.startswith(
+        "turboquant; 30 attention layers compressed (68 bytes per token and KV head of 64 dims); none left out; "
+    )
+    assert f"; 6,120 instead of 23,040 bytes per token (3.76x); {tokens:,} tokens, 3.7" in told
+    assert "; calibrated by " in told
 
 
 def test_server_of_another_dtype(smollm2: Path, pool: ServerPool) -> None:

@@ -1,4 +1,4 @@
-"""Speculative decoding and tensor parallelism over lossless pages: the answers of the plain server. Codes lose as much too."""
+"""Speculative decoding and several ranks over lossless pages: the answers of the plain server. Codes lose as much too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import random
 import statistics
 from pathlib import Path
+
+from tests.plugin.test_doctor import doctor
 
 from .answers import assert_same, complete, story
 from .harness import LOSSLESS, Flags, Server, ServerPool, side_by_side
@@ -31,10 +33,11 @@ def test_ngram_speculation(pool: ServerPool, smollm2: Path, rng: random.Random) 
     assert_same(plain, speculated)
 
 
-def on_ranks(pool: ServerPool, model: Path, kv: str) -> list[Server]:
+def on_ranks(pool: ServerPool, model: Path, kv: str, kind: str = "tensor") -> list[Server]:
     """A server of one rank and one of two."""
     extra = ("--max-model-len=512", "--max-num-batched-tokens=128", "--kv-cache-memory-bytes=64M", "--block-size=32")
-    return pool.get(Flags(model, kv, extra=extra), Flags(model, kv, extra=(*extra, "--tensor-parallel-size=2"), cores=2))
+    two = Flags(model, kv, extra=(*extra, f"--{kind}-parallel-size=2"), cores=2)
+    return pool.get(Flags(model, kv, extra=extra), two)
 
 
 def test_tensor_parallel(pool: ServerPool, tiny_models: dict[str, Path], rng: random.Random) -> None:
@@ -45,6 +48,19 @@ def test_tensor_parallel(pool: ServerPool, tiny_models: dict[str, Path], rng: ra
     assert len({tuple(a.tokens) for a in single}) == len(prompts), "the model answers the same whatever is asked"
     # Each rank holds one of the two KV heads, so the same memory a rank holds twice the tokens.
     assert pair[1].cache_tokens() == 2 * pair[0].cache_tokens()
+
+
+def test_replicas(pool: ServerPool, tiny_models: dict[str, Path], rng: random.Random) -> None:
+    """Data parallelism; doctor repeats what each of both engines logged."""
+    pair = on_ranks(pool, tiny_models["llama"], LOSSLESS, "data")
+    prompts = [story(rng, words) for words in (2, 30, 90, 7)]
+    single, parallel = side_by_side(*(lambda s=s: side_by_side(*(lambda p=p: complete(s, p, 24) for p in prompts)) for s in pair))
+    assert_same(single, parallel)
+    code, facts, _ = doctor("--url", pair[1].url, TURBOQUANT_DEBUG="1")
+    assert code == 0, facts
+    told = [fact["detail"].split(" | ") for name, fact in facts.items() if name.startswith("compression")]
+    assert len(told) == 2 and all(len(lines) == 2 for lines in told)
+    assert {line.split("; ")[0] for lines in told for line in lines} == {LOSSLESS}
 
 
 def prompt_logprobs(server: Server, prompts: list[str]) -> list[float]:
