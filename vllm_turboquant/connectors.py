@@ -79,6 +79,8 @@ def _claim(dtype: str, folder: Path, own: dict[str, Any]) -> None:
         return
     except (OSError, ValueError) as error:
         raise refuse(FLAG, dtype, f"{folder / MARK} cannot be read ({error})", remedy) from error
+    if not isinstance(found, dict):
+        raise refuse(FLAG, dtype, f"{folder / MARK} is not what a server of this plugin writes", remedy)
     other = [key for key in own if found.get(key) != own[key]]
     if other:
         reason = f"shared storage {folder} holds pages of {other[0]} {found.get(other[0])}, not {own[other[0]]}"
