@@ -30,6 +30,7 @@ QUESTION = "What is the capital of France?"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 START_TIMEOUT = 600  # seconds; a first start on a GPU compiles and captures graphs
 
+PLUGINS = "turboquant,turboquant-status"  # the second answers GET /turboquant
 # What a CPU machine needs besides the model and the dtype.
 CPU_ARGS = [
     "--enforce-eager",  # compiling would take longer than this demo runs
@@ -161,7 +162,7 @@ def main() -> None:
     model = demo.ensure()
     url = f"http://localhost:{args.port}"
     command = server_command(model, args.kv_cache_dtype, args.port, extra)
-    env = CPU_ENV if ON_CPU else {}
+    env = {"VLLM_PLUGINS": PLUGINS, **(CPU_ENV if ON_CPU else {})}
     log = Path(sys.prefix) / f"serve-{args.port}.log"
     print(f"\n{shlex.join([f'{k}={v}' for k, v in env.items()] + command)}\n", flush=True)
 
@@ -180,6 +181,7 @@ def main() -> None:
         wait_until_healthy(server, url, log)
         print(f"question:  {QUESTION}\nanswer:    {ask(url, QUESTION)}")
         print(f"KV cache:  {capacity(model, args.kv_cache_dtype, log.read_text(errors='replace'))}")
+        print(f"status:    {url}/turboquant")
         print(f"log:       {log}")
         if not args.once:
             print(f"serving at {url}/v1 until Ctrl-C", flush=True)

@@ -8,6 +8,7 @@
 | E | ``EngineArgs.create_model_config`` | wrap | wrap | refuse what cannot be served before processes start | vLLM validates custom dtypes |
 | F | ``FlexibleArgumentParser._check_value`` | extend | - | argparse's own line offers names that are refused, and no remedy | 0.32 is dropped |
 | G | ``WorkerWrapperBase.get_kv_cache_spec`` | add | add | calibrate when weights are loaded, before the KV cache is sized; pages of one size beside skipped layers | vLLM has a hook there |
+| G | ``WorkerWrapperBase.turboquant_*`` | add | add | what ``collective_rpc`` asks workers for | a plugin can add such methods |
 | I | ``WorkerWrapperBase.initialize_from_config`` | wrap | wrap | say after start-up what is compressed | vLLM has a hook there |
 | J | ``CacheConfig.metrics_info`` | wrap | wrap | the same as a label of ``vllm:cache_config_info`` | vLLM has a hook there |
 | H | ``sys.excepthook`` | chain | chain | a refusal ends in its sentence, not in a traceback | vLLM prints config errors so |
@@ -219,7 +220,13 @@ def _follow_workers() -> None:
 
     wrapper.get_kv_cache_spec = get_kv_cache_spec
     wrapper.initialize_from_config = initialize_from_config
+    def turboquant_layers(self: Any) -> dict[str, Any]:
+        from .endpoint_layers import worker_layers
+
+        return worker_layers(self.worker, self.turboquant_specs, fitted=self.turboquant_calibration_file is not None)
+
     wrapper.turboquant_calibration = turboquant_calibration
+    wrapper.turboquant_layers = turboquant_layers
 
 
 def _wrap_model_config() -> None:

@@ -37,7 +37,7 @@ def report(vllm_config: VllmConfig, kv_cache_config: Any, specs: dict[str, Any],
 
 def describe(vllm_config: VllmConfig, kv_cache_config: Any, specs: dict[str, Any], calibration: str) -> str:
     """The line, without its prefix."""
-    compressed, kept = _layers(vllm_config)
+    compressed, kept = layers_of(vllm_config)
     parts = [vllm_config.cache_config.cache_dtype]
     if get_pp_group().world_size > 1:
         parts[0] += f", pipeline stage {get_pp_group().rank_in_group + 1} of {get_pp_group().world_size}"
@@ -54,7 +54,7 @@ def describe(vllm_config: VllmConfig, kv_cache_config: Any, specs: dict[str, Any
     return "; ".join(parts)
 
 
-def _layers(vllm_config: VllmConfig) -> tuple[list[str], dict[str, list[str]]]:
+def layers_of(vllm_config: VllmConfig) -> tuple[list[str], dict[str, list[str]]]:
     """Names of the compressed layers, and of the others by why they are not."""
     compressed: list[str] = []
     kept: dict[str, list[str]] = {}

@@ -31,6 +31,7 @@ REQUEST_TIMEOUT = 240  # seconds; no request of the tests takes 60 on two idle c
 MAX_ALIVE = 2  # servers; each of them is bound to one thread
 ENVIRONMENT = {
     "TURBOQUANT_DEBUG": "1",  # registers the lossless codec
+    "VLLM_PLUGINS": "turboquant,turboquant-status",  # the second only where it is named
     "TORCH_COMPILE_DISABLE": "1",  # the sampler is compiled even with --enforce-eager
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",

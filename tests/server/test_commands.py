@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.plugin.test_doctor import doctor
+from vllm_turboquant.kernels.format import page_format
 
 from .harness import ENVIRONMENT, Flags, ServerPool
 from .test_engines import LLM, run_jobs
@@ -100,3 +102,44 @@ def test_server_of_another_dtype(smollm2: Path, pool: ServerPool) -> None:
     assert [name for name, fact in facts.items() if fact["state"] == "failed"] == ["kv cache"]
     assert facts["kv cache"]["detail"].startswith("does not serve turboquant but dtype auto: ")
     assert facts["kv cache"]["cure"] == "start the server with --kv-cache-dtype turboquant"
+
+
+def ask(server: Any, path: str, accept: str = "*/*") -> tuple[str, str]:
+    """Content type and text."""
+    request = urllib.request.Request(f"{server.url}{path}", headers={"Accept": accept})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.headers["Content-Type"], answer.read().decode()
+
+
+def test_status_of_a_compressing_server(smollm2: Path, pool: ServerPool) -> None:
+    (server,) = pool.get(Flags(smollm2, "turboquant", dtype="bfloat16", extra=SERVED))
+    kind, text = ask(server, "/turboquant")
+    assert kind == "application/json"
+    status = json.loads(text)
+    assert (status["model"], status["preset"], status["stored"]) == ("m", "turboquant", "4-bit keys, 4-bit values")
+    assert status["layers"] == {"compressed": 30, "shared": 0, "kept": []}
+    calibration = status["calibration"]
+    assert (calibration["setting"], calibration["fitted"], calibration["layers"]) == ("auto", True, 30)
+    assert re.fullmatch("[0-9a-f]{16}", calibration["fingerprint"])
+    # 30 layers of 3 KV heads of 64 dims.
+    ours, auto = 90 * page_format("turboquant", 64).slot_bytes, 90 * 2 * 64 * 2
+    capacity = status["capacity"]
+    assert (capacity["bytes_per_token"], capacity["auto_bytes_per_token"]) == (ours, auto)
+    assert capacity["tokens"] == server.cache_tokens()
+    assert capacity["auto_tokens"] == pytest.approx(capacity["tokens"] * ours / auto, abs=1)
+    assert (status["pool"]["running"], status["pool"]["waiting"]) == (0, 0) and 0 <= status["pool"]["usage"] <= 1
+    kind, page = ask(server, "/turboquant", "text/html,application/xhtml+xml")
+    assert kind.startswith("text/html")
+    for part in (f"{capacity['tokens']:,}", f"{capacity['auto_tokens']:,}", calibration["fingerprint"], "30 compressed"):
+        assert part in page
+    assert str(smollm2) not in page + text and str(Path.home()) not in page + text
+    described = json.loads(ask(server, "/openapi.json")[1])
+    answer = described["paths"]["/turboquant"]["get"]["responses"]["200"]["content"]["application/json"]
+    assert answer["schema"]["$ref"].endswith("/Status")
+
+
+def test_status_of_a_server_that_compresses_nothing(smollm2: Path, pool: ServerPool) -> None:
+    (server,) = pool.get(Flags(smollm2, "auto", dtype="bfloat16", extra=SERVED))
+    status = json.loads(ask(server, "/turboquant")[1])
+    assert (status["kv_cache_dtype"], status["preset"], status["capacity"], status["layers"]) == ("auto", None, None, None)
+    assert "nothing is compressed" in ask(server, "/turboquant", "text/html")[1]
