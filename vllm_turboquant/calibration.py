@@ -26,6 +26,7 @@ from .calibration_file import CalibrationFileError, Identity, configured_identit
 from .calibration_run import RECIPE, run_model
 from .config import AUTO, OFF, TurboQuantSettings, refuse_calibration_file
 from .impl import TurboQuantImpl
+from .kernels import private
 from .kernels.basis import KeyBasis
 from .key_bias import bias_bases
 
@@ -141,7 +142,7 @@ def _calibration(
             return None, None, f"not calibrated: {reason}"
     identity = _identity(config, model, owners(layers))
     path = Path(setting) if setting != AUTO else cache_folder() / identity.file_name()
-    bases, problem = _load(path, identity)
+    bases, problem = _load(path, identity, kept=setting == AUTO)
     if _everywhere(bases is not None):
         _log("TurboQuant: calibration of %d layers loaded from %s.", len(identity.layers), path)
         return path, bases, f"calibrated by {path.name}"
@@ -199,7 +200,11 @@ def _identity(config: VllmConfig, model: torch.nn.Module, own: Mapping[str, Any]
     return Identity(**facts.__dict__ | {"fingerprints": tuple(prints), "layers": shapes, "recipe": recipe})
 
 
-def _load(path: Path, wanted: Identity) -> tuple[Bases | None, str | None]:
+def _load(path: Path, wanted: Identity, kept: bool) -> tuple[Bases | None, str | None]:
+    """kept: in the cache, where files of other users have no business; a file that the user named may be anybody's."""
+    exposed = private.problem(path) if kept else None
+    if exposed is not None:
+        return None, exposed
     try:
         found, bases = load(path, get_tp_group().rank_in_group)
     except CalibrationFileError as error:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .kernels import private
 from .kernels.basis import MAX_BUCKETS, KeyBasis
 
 FORMAT = 2  # to be raised when what tensors mean changes, the rotation and the closed form of the transform included
@@ -118,15 +117,7 @@ def save(path: Path, identity: Identity, bases: list[Mapping[str, KeyBasis]]) ->
         f"{rank}.{layer}.bucket": torch.tensor([basis.bucket]) for rank, own in enumerate(bases) for layer, basis in own.items()
     }
     header = {"format": FORMAT, "checksum": _checksum(tensors), "identity": asdict(identity)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    try:
-        save_file(tensors, scratch, metadata={_HEADER: json.dumps(header)})
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+    private.write(path, lambda scratch: save_file(tensors, scratch, metadata={_HEADER: json.dumps(header)}))
 
 
 def read_identity(path: Path) -> Identity:

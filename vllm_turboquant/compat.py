@@ -220,6 +220,7 @@ def _follow_workers() -> None:
 
     wrapper.get_kv_cache_spec = get_kv_cache_spec
     wrapper.initialize_from_config = initialize_from_config
+
     def turboquant_layers(self: Any) -> dict[str, Any]:
         from .endpoint_layers import worker_layers
 

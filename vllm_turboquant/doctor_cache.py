@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from .facts import Fact, ok, warning
+from .kernels import private
 
 
 def cache() -> Fact:
@@ -28,17 +27,9 @@ def cache() -> Fact:
         again = "nothing is kept: every start calibrates and compiles again"
         return warning("cache folder", f"{folder} cannot be written ({error.strerror}); {again}", cure)
     for own in (root, folder, *(child for child in folder.glob("*") if child.is_dir())):
-        if own.exists() and (problem := _exposed(own.stat())):
+        if own.exists() and (problem := private.exposed(own.stat())):
             return warning("cache folder", f"{own} {problem}", f"chown it to this user and chmod go-w {own}")
     return ok("cache folder", str(folder))
-
-
-def _exposed(found: os.stat_result) -> str | None:
-    if found.st_uid not in (os.getuid(), 0):
-        return f"belongs to another user ({found.st_uid}), who can replace what it holds"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
-        return "can be written by others"
-    return None
 
 
 def calibrations() -> Iterator[Fact]:
@@ -59,6 +50,9 @@ def calibrations() -> Iterator[Fact]:
 def _calibration(path: Path) -> Fact:
     from .calibration_file import FORMAT, CalibrationFileError, load, read_identity
 
+    exposed = private.problem(path)
+    if exposed is not None:
+        return warning("calibration", f"{path} {exposed}", "delete it: the next start makes a new one")
     try:
         identity = read_identity(path)
         for rank in range(identity.ranks):

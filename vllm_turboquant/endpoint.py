@@ -18,9 +18,9 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from . import __version__
 from .config import AUTO, OFF, TurboQuantSettings, is_ours
-from .kernels.format import DEBUG_PRESETS, PRESETS, VectorCodec
 from .endpoint_layers import WorkerLayers, fingerprint_of_ranks, merged
 from .endpoint_page import render
+from .kernels.format import DEBUG_PRESETS, PRESETS, VectorCodec
 
 PATH = "/turboquant"
 _USAGE, _RUNNING, _WAITING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"

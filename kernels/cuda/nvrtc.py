@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
+from .. import private
 from .variant import Program, source
 
 # No header is included and fp32 stays IEEE where the sources do not say otherwise.
@@ -67,22 +68,27 @@ def _version() -> str:
 
 
 def load_cubin(variant: Program, arch: int) -> bytes:
-    """The cubin of ``variant``, from the disk cache if it is there. Raises CudaError as :func:`compile_cubin` does.
+    """The cubin of ``variant``, from the disk cache if it is there whole and nobody else can have put it there.
 
-    A cache that cannot be written costs time, not correctness.
+    Raises CudaError as :func:`compile_cubin` does. A cache that cannot be used or written costs time, not correctness.
     """
     key = repr((source(*variant.sources), sorted(variant.macros().items()), _OPTIONS, arch, _version()))
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        pass
+    kept = _kept(path)
+    if kept is not None:
+        return kept
     cubin, _ = compile_cubin(variant, arch)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        private.write(path, lambda scratch: Path(scratch).write_bytes(hashlib.sha256(cubin).digest() + cubin))
     return cubin
+
+
+def _kept(path: Path) -> bytes | None:
+    """What follows the file's first 32 bytes, if they are its SHA-256."""
+    if private.problem(path) is not None:
+        return None
+    try:
+        whole = path.read_bytes()
+    except OSError:
+        return None
+    return whole[32:] if len(whole) > 32 and hashlib.sha256(whole[32:]).digest() == whole[:32] else None

@@ -163,7 +163,7 @@ def test_cubins_are_kept(tmp_path, monkeypatch):
     variant = launch.choose_variant(DEVICES[90], Options(page_format("turboquant", 64), 16, True, 1, 1))
     cubin = nvrtc.load_cubin(variant, 90)
     (file,) = (tmp_path / "turboquant" / "cubin").iterdir()
-    assert file.read_bytes() == cubin
+    assert file.read_bytes()[32:] == cubin
     monkeypatch.setattr(nvrtc, "compile_cubin", None)
     assert nvrtc.load_cubin(variant, 90) == cubin
 
