@@ -12,7 +12,7 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def exposed(found: os.stat_result) -> str | None:
-    """How another user can change what a file or folder holds, as the rest of a sentence; None where only this one and root can."""
+    """How another user can change what a file or folder holds, as the rest of a sentence; None where none but root can."""
     if found.st_uid not in (os.geteuid(), 0):
         return f"belongs to another user ({found.st_uid}), who can replace what it holds"
     if found.st_mode & _OTHERS and not found.st_mode & stat.S_ISVTX:

@@ -42,8 +42,8 @@ class Layers(BaseModel):
 
 
 class Calibration(BaseModel):
-    """``setting``: auto, off or file. ``fitted``: whether keys are stored under a fitted transform, else no more than the weights'
-    key bias is subtracted. ``layers``: where either is. ``fingerprint``: equal on servers that can read each other's pages."""
+    """``setting``: auto, off or file. ``fitted``: whether keys are stored under a fitted transform, else no more than a key bias is
+    subtracted. ``layers``: where either is. ``fingerprint``: equal on servers that can read each other's pages."""
 
     setting: str
     fitted: bool
