@@ -42,7 +42,7 @@ class Layers(BaseModel):
 
 
 class Calibration(BaseModel):
-    """``setting``: auto, off or file. ``fitted``: whether keys are stored under a fitted transform, else no more than a key bias is
+    """``setting``: auto, off or file. ``fitted``: whether keys are stored under a fitted transform, else at most a key bias is
     subtracted. ``layers``: where either is. ``fingerprint``: equal on servers that can read each other's pages."""
 
     setting: str
