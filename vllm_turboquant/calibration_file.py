@@ -153,9 +153,7 @@ def _read(path: Path, rank: int | None) -> tuple[Identity, dict[str, torch.Tenso
                 raise CalibrationFileError("is not a calibration file of vllm-turboquant")
             if header["format"] != FORMAT:
                 raise CalibrationFileError(f"has format {header['format']}, allowed is {FORMAT}")
-            fields, checksum = header["identity"], header["checksum"]
-            layers = {name: (heads, d) for name, (heads, d) in fields["layers"].items()}
-            identity = Identity(**fields | {"layers": layers, "fingerprints": tuple(fields["fingerprints"])})
+            identity, checksum = _identity(header["identity"]), header["checksum"]
             tensors = {} if rank is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     except (SafetensorError, OSError) as error:
         raise CalibrationFileError(f"cannot be read ({error})") from error
@@ -164,6 +162,24 @@ def _read(path: Path, rank: int | None) -> tuple[Identity, dict[str, torch.Tenso
     if rank is not None and _checksum(tensors) != checksum:
         raise CalibrationFileError("is damaged: its checksum does not match")
     return identity, tensors
+
+
+def _identity(fields: dict[str, Any]) -> Identity:
+    """From JSON. Raises AttributeError, KeyError, TypeError or ValueError where something is of another kind."""
+    layers = {name: (heads, d) for name, (heads, d) in fields["layers"].items()}
+    found = Identity(**fields | {"layers": layers, "fingerprints": tuple(fields["fingerprints"])})
+    strings = (
+        found.model,
+        found.architecture,
+        found.dtype,
+        *found.fingerprints,
+        *([] if found.revision is None else [found.revision]),
+    )
+    sizes = [number for shape in layers.values() for number in shape]
+    numbers = found.hidden_size, found.vocabulary, found.model_layers, found.positions, *sizes, *found.recipe.values()
+    if not all(type(x) is str for x in strings) or not all(type(x) is int for x in numbers):
+        raise TypeError("a string or a number is none")
+    return found
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -41,8 +41,9 @@ def is_ours(kv_cache_dtype: str | None) -> bool:
 
 
 def refuse(flag: str, value: object, reason: str, remedy: str) -> TurboQuantError:
-    """The one form of every refusal: flag, value, why, and what to do instead."""
-    return TurboQuantError(f"{flag} {value}: {reason}; {remedy}.")
+    """The one form of every refusal: flag, value, why, and what to do instead. One line, whatever the value holds."""
+    text = f"{flag} {value}: {reason}; {remedy}."
+    return TurboQuantError("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 def refuse_backend(kv_cache_dtype: str, backend: object) -> TurboQuantError:
