@@ -34,6 +34,7 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 from .budget import Budget, budget
 from .checkpoint import declared_cache
 from .config import dtype_names, is_ours
+from .recent import pool_bytes
 from .refusals import check_gpu_model
 
 GPU_BLOCK = 16  # tokens; what vLLM takes on a GPU where nobody says otherwise
@@ -131,7 +132,9 @@ def _row(dtype: str, wanted: Wanted, foreign: bool, memory: int) -> Row:
         _build(config)
         if auto_fit:
             config.model_config.original_max_model_len = -1
-        return _planned(config, dtype, memory)
+        # Estimated memory is what weights and activations leave; exact newest tokens lie beside the cache.
+        beside = pool_bytes(config) if wanted.kv_cache_memory is None else 0
+        return _planned(config, dtype, memory - beside)
 
     try:
         try:

@@ -56,6 +56,17 @@ def _frames(vllm_config: VllmConfig, window: int) -> int:
     return frames_needed(requests, window, decode_query_len(vllm_config))
 
 
+def pool_bytes(vllm_config: VllmConfig) -> int:
+    """What `reserve_pools` takes for the compressed layers that exist so far."""
+    windowed = [impl for impl in compressed_layers(vllm_config) if impl.format.preset.recent]
+    if not windowed or obstacle(vllm_config) is not None:
+        return 0
+    dtype: torch.dtype = vllm_config.model_config.dtype
+    owners = [impl for impl in windowed if impl.kv_sharing_target_layer_name is None]
+    frames = _frames(vllm_config, windowed[0].format.preset.recent)
+    return sum(frames * frame_bytes(impl.num_kv_heads, impl.head_size, dtype) for impl in owners)
+
+
 def reserve_pools(vllm_config: VllmConfig, device: torch.device) -> None:
     """Gives every compressed layer of a preset with recent window its pools, once, and says so in one line.
 
@@ -69,21 +80,20 @@ def reserve_pools(vllm_config: VllmConfig, device: torch.device) -> None:
         logger.info_once("TurboQuant: the newest %d tokens are read from codes like all others: %s.", window, reason)
         return
     context: dict[str, Any] = vllm_config.compilation_config.static_forward_context
-    frames, dtype, total = _frames(vllm_config, window), vllm_config.model_config.dtype, 0
+    frames, dtype = _frames(vllm_config, window), vllm_config.model_config.dtype
     for impl in windowed:
         if impl.kv_sharing_target_layer_name is not None:
             continue
         if impl.recent is None:
             shape = (frames, UNIT_TOKENS, impl.num_kv_heads, impl.head_size)
             impl.recent = RecentPools(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
-        total += frames * frame_bytes(impl.num_kv_heads, impl.head_size, dtype)
     for impl in windowed:
         if impl.kv_sharing_target_layer_name is not None:
             owner = getattr(context[impl.kv_sharing_target_layer_name], "impl", None)
             impl.recent = owner.recent if isinstance(owner, TurboQuantImpl) else None
     requests = min(vllm_config.scheduler_config.max_num_seqs, MAX_REQUESTS)
     line = "TurboQuant: the newest %d tokens of up to %d running requests are kept exactly as well, in %.2f GiB."
-    logger.info_once(line, window, requests, total / 2**30)
+    logger.info_once(line, window, requests, pool_bytes(vllm_config) / 2**30)
 
 
 class RecentWindow:

@@ -94,6 +94,16 @@ def test_weights_are_those_of_the_model_card(known: Known, size: int, planner: P
     assert budget.kv_cache == ceil(80 * GIB * 0.92) - budget.weights - budget.working
 
 
+@pytest.mark.parametrize("requests", (32, 1000))
+def test_exact_newest_tokens_lie_beside_the_cache(requests: int, planner: Planner) -> None:
+    """64 tokens, in five units of 16 at most, of at most 256 requests: keys and values in bf16."""
+    plan = planner(LLAMA.folder, 80 * GIB, max_num_seqs=requests)
+    for dtype, row in by_dtype(plan).items():
+        beside = LLAMA.token_bytes("auto") * 80 * min(requests, 256) if dtype in ("turboquant-k3v3", "turboquant-k2v2") else 0
+        blocks = floor((plan.budget.kv_cache - beside) / (16 * LLAMA.token_bytes(dtype)))
+        assert row.requests == pytest.approx(blocks / (LLAMA.full // 16), rel=1e-12), dtype
+
+
 def test_estimate_against_the_h100(planner: Planner) -> None:
     """What tests/bench/engine.py saw there, of 79.1 GiB, with its arguments. 2%: working memory is an estimate."""
     rows = map(json.loads, (Path(__file__).parents[1] / "bench" / "results" / "engine_h100.jsonl").read_text().splitlines())
