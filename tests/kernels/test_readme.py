@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "kernels" / "README.md"
-BLOCK = re.compile(r"```python\n(.*?)```\n\n((?:    .*\n)+)", re.DOTALL)
+BLOCK = re.compile(r"```python\n(.*?)```\n\n((?:    [^\n]*\n)+)", re.DOTALL)
 
 
 def test_the_page_prints_what_it_says():
