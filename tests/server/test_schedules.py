@@ -15,7 +15,7 @@ from . import schedule
 from .answers import LOGPROB_TOLERANCE
 from .harness import ENVIRONMENT, RECENT, end_with_parent
 
-STEPS = 400  # in company; alone the same requests take some thousands more
+STEPS = 250  # in company; alone the same requests take some thousands more
 VOCABULARY = 1000
 POOL = 64  # blocks, and one that is vLLM's own
 LLM = {
