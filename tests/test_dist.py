@@ -70,8 +70,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def tracked(folder: str, package: str) -> set[str]:
-    """Files of a source folder by the names that the wheel has them under."""
-    files = (p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    """Files of a source folder by the names that the wheel has them under; what is read on paper is not installed."""
+    files = (p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.suffix != ".md")
     return {f"{package}/{p.relative_to(ROOT / folder)}" for p in files if (ROOT / folder / "kernels") not in p.parents}
 
 
