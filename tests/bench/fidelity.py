@@ -43,9 +43,8 @@ def main() -> None:
     card = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
     common = {"served": arguments.served, "card": card, "torch": torch.__version__, "transformers": transformers.__version__}
     if arguments.needle:
-        for case in chosen:  # one by one: a row is kept when its case is through
-            (found,) = retrieval(model, [case], arguments.needle, DEPTHS, bases)
-            figures = {"lengths": arguments.needle, "depths": DEPTHS, "found": found, "reads": "compressed"}
+        for case, found in zip(chosen, retrieval(model, chosen, arguments.needle, DEPTHS, bases), strict=True):
+            figures = {"lengths": arguments.needle, "depths": DEPTHS, "found": found, "reads": "compressed", "prefill": "raw"}
             print(write_row(f"needle_{name}", {"model": name, **vars(case), **figures, **common}), flush=True)
         return
     if arguments.generate:

@@ -45,10 +45,21 @@ class EvaluatedModel:
         self._statistics: dict[int, KeyStatistics] | None = None
 
     @torch.inference_mode()
-    def hidden(self, ids: torch.Tensor, case: Case, bases: Sequence[KeyBasis] | None = None) -> torch.Tensor:
-        """What `logits` turns into logits: float32 ``[T, n]`` for tokens ids int64 ``[T]``. bases: one a layer."""
+    def hidden(
+        self, ids: torch.Tensor, case: Case, bases: Sequence[KeyBasis] | None = None, before: Any = None
+    ) -> torch.Tensor:
+        """What `logits` turns into logits: float32 ``[T, n]`` for tokens ids int64 ``[T]``. bases: one a layer.
+
+        before: what `prefilled` gave for the tokens that come before ``ids``; read as ``case`` stores it, and left as it was.
+        """
+        new = ids[None].to(self.device)
         with self._reading(case, bases):
-            return self.model.base_model(ids[None].to(self.device), use_cache=False).last_hidden_state[0]
+            if before is None:
+                return self.model.base_model(new, use_cache=False).last_hidden_state[0]
+            try:
+                return self.model.base_model(new, past_key_values=before, use_cache=True).last_hidden_state[0]
+            finally:
+                before.crop(-len(ids))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -56,18 +67,25 @@ class EvaluatedModel:
         return self.model.get_output_embeddings()(hidden)
 
     @torch.inference_mode()
+    def prefilled(self, ids: torch.Tensor) -> Any:
+        """Exact keys and values of tokens int64 ``[T]``, computed from exact ones as a prefill does; transformers' cache."""
+        from transformers import DynamicCache
+
+        with self._exactly():
+            cache = DynamicCache()  # without the model's configuration: what a sliding window no longer sees is kept too
+            self.model.base_model(ids[None].to(self.device), past_key_values=cache, use_cache=True)
+            return cache
+
+    @torch.inference_mode()
     def continued(self, ids: torch.Tensor, tokens: int) -> torch.Tensor:
         """ids int64 ``[T]`` and ``tokens`` more, each the likeliest with exact keys and values; int64 ``[T + tokens]``."""
-        self.model.set_attn_implementation("sdpa")  # ours has no place for a cache
-        try:
+        with self._exactly():
             found, new, cache = ids.tolist(), ids, None
             for _ in range(tokens):
                 out = self.model(new[None].to(self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
                 new, cache = out.logits[0, -1].argmax()[None], out.past_key_values
                 found.append(int(new))
             return torch.tensor(found, dtype=torch.int64)
-        finally:
-            self.model.set_attn_implementation(self._name)
 
     @torch.inference_mode()
     def statistics(self, texts: Iterable[torch.Tensor]) -> list[KeyStatistics]:
@@ -126,6 +144,15 @@ class EvaluatedModel:
         finally:
             self._case, self._bases = Case("auto"), None
 
+    @contextmanager
+    def _exactly(self) -> Iterator[None]:
+        """In transformers' own attention."""
+        self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(self._name)
+
     def _attend(
         self,
         module: Any,
@@ -137,7 +164,8 @@ class EvaluatedModel:
         sliding_window: int | None = None,
         **rest: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention function. query ``[1, Hq, T, d]``, key and value ``[1, Hk, T, d]``, keys as stored."""
+        """transformers' attention function, keys as stored. query ``[1, Hq, R, d]``, of the last R of T tokens; key and value
+        ``[1, Hk, T, d]``."""
         if rest.get("softcap") or rest.get("s_aux") is not None:
             raise ValueError("attention with a soft cap or sink logits is not evaluated")
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -150,7 +178,7 @@ class EvaluatedModel:
         sinks = min(case.sinks, len(k))
         k_hat, v_hat = (torch.cat([x[:sinks], y[sinks:]]) for x, y in ((k, k_hat), (v, v_hat)))
         scale = scaling or q.shape[-1] ** -0.5
-        if case.window or (sliding_window or len(k)) < len(k):
+        if case.window or len(q) < len(k) or (sliding_window or len(k)) < len(k):
             return attend_windowed(q, k, v, k_hat, v_hat, scale, case.window, sliding_window or len(k))[None], None
         k_hat, v_hat = (x.transpose(0, 1)[None] for x in (k_hat, v_hat))
         out = scaled_dot_product_attention(query, k_hat, v_hat, is_causal=True, scale=scale, enable_gqa=True)
@@ -176,18 +204,20 @@ def attend_windowed(
 ) -> torch.Tensor:
     """Causal attention that reads each query's newest ``window`` tokens from k and v, others from k_hat and v_hat.
 
-    q and result: ``[T, Hq, d]``. Keys and values: ``[T, Hk, d]``. A query sees its newest ``reach`` tokens, itself included.
+    q and result: ``[R, Hq, d]``, of the last R of T tokens. Keys and values: ``[T, Hk, d]``. A query sees its newest ``reach``
+    tokens, itself included.
     """
     tokens, heads = k.shape[:2]
-    queries = q.unflatten(1, (heads, -1))
+    queries, first = q.unflatten(1, (heads, -1)), tokens - len(q)
     place = torch.arange(tokens, device=q.device)
     out = []
-    for start in range(0, tokens, _QUERY_ROWS):
-        rows = slice(start, min(start + _QUERY_ROWS, tokens))
-        age = place[rows, None] - place[None, : rows.stop]
+    for start in range(0, len(q), _QUERY_ROWS):
+        rows = slice(start, min(start + _QUERY_ROWS, len(q)))
+        stop = first + rows.stop
+        age = place[first + start : stop, None] - place[None, :stop]
         exact, seen = age < window, (age >= 0) & (age < reach)
-        scores = [torch.einsum("rhgd,lhd->hgrl", queries[rows], x[: rows.stop]) * scale for x in (k, k_hat)]
+        scores = [torch.einsum("rhgd,lhd->hgrl", queries[rows], x[:stop]) * scale for x in (k, k_hat)]
         weights = torch.where(exact, *scores).masked_fill(~seen, -math.inf).softmax(-1)
         parts = ((weights * exact, v), (weights * ~exact, v_hat))
-        out.append(sum(torch.einsum("hgrl,lhd->rhgd", w, x[: rows.stop]) for w, x in parts))
+        out.append(sum(torch.einsum("hgrl,lhd->rhgd", w, x[:stop]) for w, x in parts))
     return torch.cat(out).flatten(1, 2)
