@@ -1,9 +1,9 @@
-"""README tables and pictures, made from the rows in results/.
+"""README tables, made from the rows in results/; `pictures` draws from the same rows.
 
-    python -m tests.bench.figures        writes README.md's figures section, results/decode_context.svg and fidelity.svg
+    python -m tests.bench.figures        writes README.md's figures section and the pictures
 
 The table of decode times is that of the newest kernels, the picture that of the newest ones that were timed over all contexts; of
-engine rows the newest call counts. Ratios are of times in one row or one call.
+engine rows the newest call of each card counts. Ratios are of times in one row or one call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .rows import RESULTS, ROOT
 
 Row = dict[str, Any]
 BEGIN, END = "<!-- figures: make figures -->\n", "<!-- end of figures -->\n"
-PICTURE, PARETO = RESULTS / "decode_context.svg", RESULTS / "fidelity.svg"
+PICTURES = {name: RESULTS / f"{name}.svg" for name in ("decode_context", "fidelity", "capacity", "slots")}
+CARDS = ("h100", "h200")
 MODELS = ("SmolLM2-135M-Instruct", "Qwen2.5-Coder-1.5B-Instruct")
 CONTEXTS = (512, 4096)
 SHAPE = ("preset", "B", "L", "lengths", "Hq", "Hk", "D", "page")
@@ -48,10 +49,12 @@ def context_rows() -> list[Row]:
     return sorted(decode_rows(shape, fewest=6), key=lambda row: row["L"])
 
 
-def engine_rows() -> dict[str, Row]:
-    """By dtype, of the newest call."""
-    rows = read("engine_h100")
-    return {row["dtype"]: row for row in rows if row["call"] == rows[-1]["call"]}
+def engine_rows(card: str) -> dict[str, Row]:
+    """By dtype, of the newest call on this card that timed a preset beside ``auto``."""
+    calls: dict[str, dict[str, Row]] = {}
+    for row in read(f"engine_{card}"):
+        calls.setdefault(row["call"], {})[row["dtype"]] = row
+    return [rows for rows in calls.values() if "auto" in rows and any(map(is_ours, rows))][-1]
 
 
 def decode_table(rows: list[Row]) -> list[str]:
@@ -72,17 +75,20 @@ def decode_table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def engine_table(rows: dict[str, Row]) -> list[str]:
+def engine_table() -> list[str]:
     lines = [
-        "| `--kv-cache-dtype` | tokens in the cache | prefill 48 x 8192, 1 x 32768 (s) | per output token (ms) |",
-        "|---|---|---|---|",
+        "| card | `--kv-cache-dtype` | tokens in the cache | prefill 48 x 8192, 1 x 32768 (s) | per output token (ms) |",
+        "|---|---|---|---|---|",
     ]
-    for dtype, row in rows.items():
-        many, one = row["B48_L8192"], row["B1_L32768"]
-        prefill = f"{many['prefill_s']}, {one['prefill_s']}"
-        # Rows without the key are older than calibration.
-        how = {"auto": ", calibrated", "off": ", data-free"}[row.get("calibration", "off")] if is_ours(dtype) else ""
-        lines.append(f"| `{dtype}`{how} | {row['capacity_tokens']:,} | {prefill} | {many['tpot_ms']}, {one['tpot_ms']} |")
+    for card in CARDS:
+        rows = engine_rows(card)
+        for dtype, row in sorted(rows.items(), key=lambda item: item[1]["capacity_tokens"]):
+            many, one, auto = row["B48_L8192"], row["B1_L32768"], rows["auto"]
+            prefill = f"{many['prefill_s']}, {one['prefill_s']}"
+            # Rows without the key are older than calibration.
+            how = {"auto": ", calibrated", "off": ", data-free"}[row.get("calibration", "off")] if is_ours(dtype) else ""
+            more = f"{row['capacity_tokens']:,} ({row['capacity_tokens'] / auto['capacity_tokens']:.2f}x)"
+            lines.append(f"| {row['card']} | `{dtype}`{how} | {more} | {prefill} | {many['tpot_ms']}, {one['tpot_ms']} |")
     return lines
 
 
@@ -120,23 +126,33 @@ def fidelity_table() -> list[str]:
     return lines
 
 
+def picture(name: str, title: str) -> str:
+    return f"![{title}]({PICTURES[name].relative_to(ROOT)})"
+
+
 def section() -> str:
     """What stands between the markers in README.md."""
-    decode, engine = decode_rows(), engine_rows()
-    versions = {f"{row['card']}, vLLM {row['vllm']}, torch {row['torch']}" for row in (*decode, *engine.values())}
+    decode = decode_rows()
+    timed = [*decode, *(row for card in CARDS for row in engine_rows(card).values())]
+    versions = {f"vLLM {row['vllm']}, torch {row['torch']}" for row in timed}
     lines = [
-        f"Measured on {' and '.join(sorted(versions))}; rows in `tests/bench/results/`.",
+        f"Measured with {' and '.join(sorted(versions))}; rows in `tests/bench/results/`.",
         "",
-        "Decode attention alone, one query token a request, rotations and merging included (`tests/bench/decode.py`):",
+        picture("slots", "What a token takes, and where its bytes lie"),
+        "",
+        picture("capacity", "Tokens that one card's cache holds"),
+        "",
+        f"Decode attention alone on {decode[0]['card']}, one query token a request, rotations and merging included",
+        "(`tests/bench/decode.py`):",
         "",
         *decode_table(decode),
         "",
-        f"![Time of one decode step against context]({PICTURE.relative_to(ROOT)})",
+        picture("decode_context", "Time of one decode step against context"),
         "",
-        "A Llama-3.1-8B shape in vLLM's engine, one call (`tests/bench/engine.py`). Output tokens are timed with the prefills",
-        "that they share steps with:",
+        "A Llama-3.1-8B shape in vLLM's engine, one call a card (`tests/bench/engine.py`). Output tokens, 48 requests and 1, are",
+        "timed with the prefills that they share steps with:",
         "",
-        *engine_table(engine),
+        *engine_table(),
         "",
         "Fidelity (`tests/bench/fidelity.py`): KL divergence of the next token from the model with exact keys and values, in",
         "nats, and how often both find the same token likeliest, over 8,192 held-out tokens in contexts of 512 and 4096. All",
@@ -145,7 +161,7 @@ def section() -> str:
         "",
         *fidelity_table(),
         "",
-        f"![Divergence against bytes]({PARETO.relative_to(ROOT)})",
+        picture("fidelity", "Divergence against bytes"),
         "",
     ]
     return "\n".join(lines)
@@ -156,62 +172,12 @@ def with_section(readme: str) -> str:
     return head + BEGIN + section() + END + rest.split(END)[1]
 
 
-def plots() -> Any:
-    import matplotlib
-
-    matplotlib.use("svg")
-    # The same picture from the same rows; text as text, not as outlines.
-    matplotlib.rcParams |= {"svg.hashsalt": "turboquant", "svg.fonttype": "none"}
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def draw_fidelity() -> None:
-    """KL divergence against bytes at the longest context, a panel a model."""
-    figure, panels = plots().subplots(1, len(MODELS), figsize=(11, 4.5))
-    kinds = {
-        "turboquant, calibrated": lambda case: case[1],
-        "turboquant, data-free": lambda case: is_ours(case[0]) and not case[1],
-        "vLLM's dtypes": lambda case: not is_ours(case[0]) and not case[2],
-        "with 4 layers in bf16": lambda case: case[2] > 0,
-    }
-    served = {case: rows for case, rows in fidelity_rows().items() if "qjl" not in case[0]}
-    for axes, model in zip(panels, MODELS, strict=True):
-        for marker, (label, belongs) in zip("o^sD", kinds.items(), strict=True):
-            rows = [rows[model, CONTEXTS[-1]] for case, rows in served.items() if belongs(case)]
-            axes.plot([row["bytes_d128"] for row in rows], [row["kl"] for row in rows], marker, label=label)
-            for row in rows:
-                name = row["name"].removeprefix("turboquant").lstrip("-_") or "k4v4"
-                axes.annotate(name, (row["bytes_d128"], row["kl"]), fontsize=6, xytext=(4, 3), textcoords="offset points")
-        axes.set(yscale="log", xlabel="bytes a token and KV head (128 dims)", ylabel="KL divergence (nats)")
-        axes.set_title(f"{model}, context {CONTEXTS[-1]}", fontsize=10)
-        axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
-    figure.savefig(PARETO, metadata={"Date": None}, bbox_inches="tight")
-
-
-def draw() -> None:
-    """Milliseconds a decode step against context, 32 requests, 32 query heads on 8 KV heads of 128."""
-    pyplot = plots()
-    rows = context_rows()
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, label in (("ours_ms", "turboquant"), *RIVALS):
-        axes.plot([row["L"] for row in rows], [row[key] for row in rows], marker="o", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="decode attention of one layer (ms)")
-    axes.set_xticks([row["L"] for row in rows], [f"{row['L'] // 1024}K" for row in rows])
-    axes.minorticks_off()
-    axes.set_title(f"32 requests, 32 query heads on 8 KV heads of 128; {rows[0]['card']}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(PICTURE, metadata={"Date": None}, bbox_inches="tight")
-
-
 def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(with_section(readme.read_text()))
+    from .pictures import draw  # needs matplotlib, which the tables do without
+
     draw()
-    draw_fidelity()
 
 
 if __name__ == "__main__":
