@@ -12,14 +12,18 @@ import json
 from typing import Any
 
 from vllm_turboquant.config import is_ours
-from vllm_turboquant.kernels.format import PRESETS
+from vllm_turboquant.kernels.format import PRESETS, page_format
 
 from .rows import RESULTS, ROOT
 
 Row = dict[str, Any]
-BEGIN, END = "<!-- figures: make figures -->\n", "<!-- end of figures -->\n"
+MARKS = {  # of what is written into README.md
+    "figures": ("<!-- figures: make figures -->\n", "<!-- end of figures -->\n"),
+    "presets": ("<!-- presets: make figures -->\n", "<!-- end of presets -->\n"),
+}
 PICTURES = {name: RESULTS / f"{name}.svg" for name in ("decode_context", "fidelity", "capacity", "slots")}
 CARDS = ("h100", "h200")
+HEAD = 128  # dims of the heads where bytes are told
 MODELS = ("SmolLM2-135M-Instruct", "Qwen2.5-Coder-1.5B-Instruct")
 CONTEXTS = (512, 4096)
 SHAPE = ("preset", "B", "L", "lengths", "Hq", "Hk", "D", "page")
@@ -126,6 +130,24 @@ def fidelity_table() -> list[str]:
     return lines
 
 
+def presets_table() -> list[str]:
+    """What people choose from, with what it costs a model at the longest context, calibrated as installed."""
+    models = " | ".join(f"KL {model.split('-')[0]}" for model in MODELS)
+    lines = [f"| `--kv-cache-dtype` | bytes | of bf16 | stored | {models} |", "|---|---|---|---|---|---|"]
+    fidelity = fidelity_rows()
+    for name in ("auto", "fp8", *(name for name in PRESETS if "qjl" not in name)):
+        if name in PRESETS:
+            preset, size = PRESETS[name], page_format(name, HEAD).slot_bytes
+            sides = [f"{'fp8' if side.bits == 8 else f'{side.bits}-bit'}" for side in (preset.key, preset.value)]
+            stored = f"{sides[0]} keys, {sides[1]} values" + (f"; newest {preset.recent} tokens exactly" if preset.recent else "")
+        else:
+            size, stored = (4 * HEAD, "bf16") if name == "auto" else (2 * HEAD, "vLLM's own, without scales")
+        rows = fidelity.get((name, is_ours(name), 0), {})
+        kl = " | ".join(f"{rows[model, CONTEXTS[-1]]['kl']:.4f}" if rows else "0" for model in MODELS)
+        lines.append(f"| `{name}` | {size} | {4 * HEAD / size:.2f}x | {stored} | {kl} |")
+    return lines
+
+
 def picture(name: str, title: str) -> str:
     return f"![{title}]({PICTURES[name].relative_to(ROOT)})"
 
@@ -168,8 +190,11 @@ def section() -> str:
 
 
 def with_section(readme: str) -> str:
-    head, rest = readme.split(BEGIN)
-    return head + BEGIN + section() + END + rest.split(END)[1]
+    for name, text in (("presets", "\n".join(presets_table()) + "\n"), ("figures", section())):
+        begin, end = MARKS[name]
+        head, rest = readme.split(begin)
+        readme = head + begin + text + end + rest.split(end)[1]
+    return readme
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import matplotlib
 from vllm_turboquant.config import is_ours
 from vllm_turboquant.kernels.format import PRESETS, UNIT_TOKENS, page_format
 
-from .figures import CARDS, CONTEXTS, MODELS, PICTURES, RIVALS, context_rows, engine_rows, fidelity_rows
+from .figures import CARDS, CONTEXTS, HEAD, MODELS, PICTURES, RIVALS, context_rows, engine_rows, fidelity_rows
 
 matplotlib.use("svg")
 # The same picture from the same rows; text as text, not as outlines.
@@ -20,7 +20,6 @@ matplotlib.rcParams |= {"svg.hashsalt": "turboquant", "svg.fonttype": "none", "h
 from matplotlib import pyplot  # noqa: E402 - after the backend is chosen
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#999999"
-HEAD = 128  # dims of the heads in pictures of bytes
 
 
 def draw_context() -> Any:

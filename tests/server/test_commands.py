@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,32 @@ def test_status_of_a_compressing_server(smollm2: Path, pool: ServerPool) -> None
     described = json.loads(ask(server, "/openapi.json")[1])
     answer = described["paths"]["/turboquant"]["get"]["responses"]["200"]["content"]["application/json"]
     assert answer["schema"]["$ref"].endswith("/Status")
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_status_in_a_browser(smollm2: Path, pool: ServerPool, tmp_path: Path) -> None:
+    """What a person sees while a request runs: the page's own words and bars, nothing that a template or script left open."""
+    (server,) = pool.get(Flags(smollm2, "turboquant", dtype="bfloat16", extra=SERVED))
+    assert BROWSER is not None
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    with server.client().completions.create(model="m", prompt=[7] * 2000, max_tokens=1500, temperature=0, stream=True) as text:
+        next(iter(text))
+        # vLLM's counts of running requests and used blocks follow a step behind.
+        for _ in range(20):
+            if json.loads(ask(server, "/turboquant")[1])["pool"]["usage"] > 0:
+                break
+            time.sleep(0.5)
+        done = subprocess.run([*command, f"{server.url}/turboquant"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = done.stdout
+    assert "<h1>turboquant</h1>" in page and f"{server.cache_tokens():,}</span> tokens" in page
+    assert "1 request running, 0 waiting" in page and "30 compressed" in page
+    widths = [float(width) for width in re.findall(r'style="width: ([\d.]+)%', page)]
+    assert len(widths) == 3 and widths[0] == 100 and 0 < widths[2] < widths[1] == pytest.approx(100 / 3.76, abs=0.5)
+    assert "{{" not in page and "{%" not in page and "<script" not in page
 
 
 def test_status_of_a_server_that_compresses_nothing(smollm2: Path, pool: ServerPool) -> None:
