@@ -13,7 +13,6 @@ from vllm_turboquant.evaluation.calibrate import calibrate
 from vllm_turboquant.evaluation.codecs import Case
 from vllm_turboquant.evaluation.metrics import Divergence
 from vllm_turboquant.evaluation.model import attend_windowed
-from vllm_turboquant.evaluation.needle import FACT, PLACES, QUESTION, haystack, retrieval
 from vllm_turboquant.evaluation.run import evaluate, rows
 from vllm_turboquant.kernels.statistics import SKIPPED, shifts
 
@@ -232,32 +231,6 @@ def test_texts_are_the_same_at_every_context_and_halves_share_none():
         texts.blocks(tokenizer, "held-out", 10**8, 512)
 
 
-def positions(ids, text):
-    wanted = torch.tensor(Letters().encode(text, add_special_tokens=False))
-    return [i for i in range(len(ids) - len(wanted) + 1) if torch.equal(ids[i : i + len(wanted)], wanted)]
-
-
-def test_needles_are_where_they_should_be():
-    depths = (0.0, 0.5, 1.0)
-    ids, questions = haystack(Letters(), 3000, depths, seed=5)
-    longest = max(len(question) for question, _ in questions)
-    assert len(ids) + longest == 3000
-    before, facts = 1, []
-    for place, (question, answer) in zip(PLACES, questions, strict=False):
-        text = "".join(chr(i - 1) for i in question.tolist())
-        number = text[-answer:].strip()
-        assert text == f"{QUESTION.format(place=place)} {number}" and len(number) == 5
-        facts.append(FACT.format(place=place, number=number))
-    room = len(ids) - 1 - sum(map(len, facts))
-    for depth, fact in zip(depths, facts, strict=True):
-        assert positions(ids, fact) == [before + round(depth * room)]
-        before += len(fact)
-    with pytest.raises(ValueError, match="no room"):
-        haystack(Letters(), 250, depths, seed=5)
-    with pytest.raises(ValueError, match="ascending"):
-        haystack(Letters(), 3000, (0.5, 0.0), seed=5)
-
-
 def test_tokens_after_a_prefill_read_what_a_case_stores(model, ids):
     text, auto, coarse = ids[0], Case("auto"), Case("turboquant-k2v2")
     before = model.prefilled(text[:80])
@@ -277,26 +250,6 @@ def test_last_rows_of_windowed_attention_are_those_of_all(seed, window):
     alone = attend_windowed(q[29:], *sides, 0.3, window, 40)
     # fp32 sums in another order.
     assert torch.allclose(alone, attend_windowed(q, *sides, 0.3, window, 40)[29:], atol=1e-5)
-
-
-def test_a_random_model_finds_no_needle_and_a_rigged_one_does(model, monkeypatch):
-    cases = [Case("auto"), Case("turboquant")]
-    assert retrieval(model, cases, [500, 600], [0.2, 0.8]) == [[False] * 4] * 2
-    right, seen = [True, False, True, True], []
-
-    def hidden(ids, case, bases, before):
-        """What a model that knows the question's next tokens gives; of the second question all but the last."""
-        seen.append((case.name, before.get_seq_length() + len(ids) + 1))
-        asked = next(q for _, questions in stacks for q, _ in questions if torch.equal(q[:-1], ids))
-        out = asked[1:].clone()
-        out[-1] += not right[(len(seen) - 1) % 4]
-        return out
-
-    stacks = [haystack(Letters(), length, [0.2, 0.8], seed) for seed, length in enumerate((500, 600))]
-    monkeypatch.setattr(model, "hidden", hidden)
-    monkeypatch.setattr(model, "logits", lambda hidden: torch.nn.functional.one_hot(hidden % VOCABULARY, VOCABULARY).float())
-    assert retrieval(model, cases[:1], [500, 600], [0.2, 0.8]) == [right]
-    assert [name for name, _ in seen] == ["auto"] * 4 and max(length for _, length in seen) == 600
 
 
 def test_command_prints_a_row_a_case(model, capsys):
