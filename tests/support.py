@@ -76,7 +76,7 @@ MODELS = (
         ("gpu/test_decode.py::test_window_soft_cap_and_sinks", "gpu/test_prefill.py::test_mixed_batch"),
     ),
     Kind("Soft-capped logits (Gemma 2)", WORKS, _of(ANSWERS, "gemma 2"), (f"{ORACLE}[turboquant, soft cap]",)),
-    Kind("ALiBi (BLOOM, some Falcons)", REFUSED, _of(REFUSALS, "ALiBi always", "ALiBi configured")),
+    Kind("ALiBi (BLOOM, some Falcons)", REFUSED, _of(REFUSALS, "ALiBi always", "ALiBi configured", "ALiBi by its encoding")),
     Kind(
         "Mixed head sizes (Gemma 4)",
         WORKS,
@@ -113,6 +113,7 @@ MODELS = (
         REFUSED,
         ("plugin/test_selection.py::test_layers_without_format_are_refused",),
     ),
+    Kind("Diffusion models (DiffusionGemma)", REFUSED, _of(REFUSALS, "diffusion")),
     Kind("Models without attention (Mamba)", REFUSED, _of(REFUSALS, "attention-free")),
     Kind(
         "AWQ and GPTQ checkpoints",
@@ -171,7 +172,7 @@ FEATURES = (
     Kind(
         "Drafters without causal mask (DFlash)",
         REFUSED,
-        _of(REFUSALS, "drafter without causal mask", "drafter without causal mask by its name"),
+        _of(REFUSALS, *(f"drafter without causal mask{how}" for how in ("", " by its name", " by its flag"))),
     ),
     Kind(
         "Prefix caching, chunked prefill",

@@ -30,8 +30,7 @@ STATES = ("linear", "mamba", "conv", "recurrent")  # kinds of layers without key
 NON_CAUSAL = ("dflash", "dspark")
 MIN_CAPABILITY = (8, 0)
 MAX_GPU_HEAD_SIZE = 256  # of FlashAttention
-# These always use ALiBi and say so nowhere in their configuration.
-ALIBI_ARCHITECTURES = ("BloomForCausalLM", "Step1ForCausalLM")
+ALIBI_ARCHITECTURES = ("Step1ForCausalLM",)  # what vLLM's own `uses_alibi` does not know
 
 
 def has_page_format(head_size: int) -> bool:
@@ -105,7 +104,7 @@ def _check_skip_layers(dtype: str, args: Any, model: Any) -> None:
         return
     count = model.get_total_num_hidden_layers()
     # A drafter's layers are counted on from the model's.
-    known = {str(index) for index in range(count)} if args.speculative_config is None else None
+    known = None if _drafter(args) else {str(index) for index in range(count)}
     for entry in skipped:
         if entry == SLIDING or (entry.isdecimal() and (known is None or entry in known)):
             continue
@@ -134,7 +133,10 @@ def _check_model(dtype: str, model: Any, platform: Any) -> None:
     if model.is_mm_prefix_lm:
         reason = f"model {model.model} attends to images bidirectionally (multimodal prefix), which is not computed"
         raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
-    if getattr(model.hf_text_config, "alibi", False) or model.architecture in ALIBI_ARCHITECTURES:
+    if model.is_diffusion:
+        reason = f"model {model.model} is a diffusion model, which attends without causal mask; that is not computed"
+        raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
+    if model.uses_alibi or model.architecture in ALIBI_ARCHITECTURES:
         raise refuse(FLAG, dtype, f"model {model.model} uses ALiBi position biases, which are not computed", SERVE_PLAIN)
     size = model.get_head_size()
     if not has_page_format(size):
@@ -178,6 +180,13 @@ def missing_flash_attention() -> str | None:
     return None if None in reasons else reasons[-1]
 
 
+def _drafter(args: Any) -> dict[str, Any]:
+    """--speculative-config as vLLM will read it: hyphens or underscores, and the flags that stand for one entry each."""
+    given = args.speculative_config if isinstance(args.speculative_config, dict) else {}
+    flags = {"method": args.spec_method, "model": args.spec_model, "num_speculative_tokens": args.spec_tokens}
+    return {key.replace("-", "_"): value for key, value in given.items()} | {k: v for k, v in flags.items() if v is not None}
+
+
 def _check_drafter(dtype: str, draft: dict[str, Any]) -> None:
     method = draft.get("method") or next((name for name in NON_CAUSAL if name in str(draft.get("model")).lower()), None)
     if is_ours(dtype) and method in NON_CAUSAL:
@@ -193,7 +202,7 @@ def check_engine_args(args: Any, model: Any, platform: Any) -> None:
     """
     dtype = args.kv_cache_dtype
     check_dtype_name(dtype, on_cpu=platform.is_cpu())
-    draft = args.speculative_config if isinstance(args.speculative_config, dict) else {}
+    draft = _drafter(args)
     draft_dtype = draft.get("kv_cache_dtype") or dtype
     check_dtype_name(draft_dtype, on_cpu=platform.is_cpu())
     if is_ours(draft_dtype) and draft.get("attention_backend") is not None:

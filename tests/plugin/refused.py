@@ -135,6 +135,16 @@ REFUSALS: dict[str, Refusal] = {
         args={"speculative_config": {"model": "org/Model-DFlash-b16", "num_speculative_tokens": 2}},
         parts=(FLAG, "--speculative-config's method dflash", "without causal mask", "another drafter", "auto"),
     ),
+    "drafter without causal mask by its flag": Refusal(
+        args={"spec_method": "dflash", "spec_model": "drafter", "spec_tokens": 2},
+        parts=(FLAG, "--speculative-config's method dflash", "without causal mask", "another drafter", "auto"),
+    ),
+    "draft's preset with hyphens": Refusal(
+        args={"speculative_config": {"method": "ngram", "num-speculative-tokens": 2, "kv-cache-dtype": "turboquant-k9v9"}},
+        parts=("--kv-cache-dtype turboquant-k9v9", ALLOWED, f"use {FLAG}."),
+    ),
+    "diffusion": Refusal("diffusion", parts=(FLAG, "is a diffusion model", "without causal mask", "auto.")),
+    "ALiBi by its encoding": Refusal("alibi-encoding", parts=(FLAG, "ALiBi", "auto.")),
     "draft's backend": Refusal(
         args={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "attention_backend": "FLASH_ATTN"}},
         parts=(FLAG, "FLASH_ATTN", "allowed is none", "drop --attention-backend"),

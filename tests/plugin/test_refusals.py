@@ -144,8 +144,9 @@ def test_models_on_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_turboquant import refusals
 
     size, dtype, missing, parts = GPU_REFUSALS[case]
-    no = dict.fromkeys(("is_attention_free", "is_encoder_decoder", "use_mla", "is_mm_prefix_lm"), False)
-    text = SimpleNamespace(alibi=False, num_kv_shared_layers=20 if case == "shared cache" else 0)
+    kinds = ("is_attention_free", "is_encoder_decoder", "use_mla", "is_mm_prefix_lm", "is_diffusion", "uses_alibi")
+    no = dict.fromkeys(kinds, False)
+    text = SimpleNamespace(num_kv_shared_layers=20 if case == "shared cache" else 0)
     model = SimpleNamespace(
         model="M", runner_type="generate", architecture="LlamaForCausalLM", architectures=["LlamaForCausalLM"], dtype=dtype, **no
     )

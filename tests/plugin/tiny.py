@@ -76,6 +76,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "alibi": True,
         "max_position_embeddings": 2048,
     },
+    "alibi-encoding": {**_LLAMA, "position_encoding_type": "alibi"},
+    "diffusion": {**_LLAMA, "canvas_length": 16},
     "encoder-only": {
         **_COMMON,
         "architectures": ["BertModel"],
