@@ -4,7 +4,7 @@ For what needs many start-ups and no HTTP. A process of its own, because an engi
 other tests import other versions of vLLM. A job: {"name", "prompts": [[token, ...], ...], "max_tokens",
 "llm": {arguments}}, and optionally "then": what is done before the prompts are asked again, by the names in ``ACTIONS``, one
 list of answers more for each; "given": False leaves out the prompts' log-probabilities, with which no prefix is reused;
-"regex": what answers must match; "lora": the folder of an adapter.
+"regex": what answers must match; "lora": the folder of an adapter; "embed": True asks a pooling model for embeddings instead.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ _collect, _freeze = gc.collect, gc.freeze
 
 
 def ask(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    if job.get("embed"):
+        return [{"embedding": output.outputs.embedding} for output in llm.embed(prompts, use_tqdm=False)]
+    return generated(llm, job, prompts)
+
+
+def generated(llm: Any, job: dict[str, Any], prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
@@ -41,7 +48,6 @@ def ask(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
         structured_outputs=None if regex is None else StructuredOutputsParams(regex=regex),
     )
     adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
-    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
     answers = []
     for output in outputs:

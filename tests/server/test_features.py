@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from .answers import assert_same
 from .harness import LOSSLESS
@@ -84,6 +85,7 @@ def results(root: Path, smollm2: Path) -> Results:
             jobs.add(f"prefixes of {kind}/{dtype}", kind, dtype, again, disable_log_stats=False)
         jobs.add(f"preemption/{dtype}", "llama", dtype, disable_log_stats=False, num_gpu_blocks_override=9, block_size=32)
         grammar = {"tokenizer": str(smollm2), "skip_tokenizer_init": False}
+        jobs.add(f"embedding/{dtype}", "words", dtype, {"embed": True}, runner="pooling", convert="embed", **grammar)
         jobs.add(f"grammar/{dtype}", "words", dtype, {"regex": REGEX}, **grammar)
         jobs.add(
             f"adapter/{dtype}", "llama", dtype, {"lora": str(root / "adapter"), "given": False}, enable_lora=True, max_lora_rank=8
@@ -147,6 +149,17 @@ def test_prefixes(kind: str, results: Results) -> None:
         for index in (0, 1):
             assert_same(first, answers(again(results, name, index), "again"))
     assert_same(*(answers(results, f"prefixes of {kind}/{dtype}") for dtype in ("auto", LOSSLESS)))
+
+
+def test_embeddings(results: Results) -> None:
+    """Of a decoder's last token. Raw numbers give the plain engine's, codes come near."""
+    plain, raw, codes = (
+        torch.tensor([answer["embedding"] for answer in results[f"embedding/{dtype}"]["answers"]]) for dtype in ("auto", *BOTH)
+    )
+    assert plain.shape[0] == 5 and (plain - raw).abs().max() <= TOLERANCE
+    closeness = torch.cosine_similarity(plain, codes)
+    # Codes of 4 bits cost a random model percents; an answer that owes nothing to the cache would cost nothing.
+    assert (closeness > 0.8).all() and (closeness < 1 - 1e-4).any(), closeness
 
 
 def test_prefixes_beside_states(results: Results, root: Path) -> None:
