@@ -184,6 +184,7 @@ FEATURES = (
         ),
         ("gpu/test_engine.py::test_lossless_codec_follows_auto",),
     ),
+    Kind("Embeddings of decoder models", WORKS, ("server/test_features.py::test_embeddings",)),
     Kind(
         "Preemption",
         WORKS,

@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode, MambaSpec
 
 from . import status
 from .config import is_ours
+from .kernels.format import UNIT_TOKENS
 from .refusals import SKIP_LAYERS
 
 logger = init_logger("vllm.turboquant")
@@ -50,7 +51,8 @@ def describe(vllm_config: VllmConfig, kv_cache_config: Any, specs: dict[str, Any
     parts.append(calibration)
     hits = kv_cache_config.cache_hit_alignment_tokens
     if vllm_config.cache_config.enable_prefix_caching and hits:
-        parts.append(f"cached prefixes are reused in steps of {hits} tokens, shorter ones not at all")
+        finer = "" if hits <= UNIT_TOKENS else f" (--prefix-match-unit {UNIT_TOKENS} makes them as short)"
+        parts.append(f"cached prefixes are reused in steps of {hits} tokens, shorter ones not at all{finer}")
     return "; ".join(parts)
 
 

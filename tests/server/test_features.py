@@ -109,6 +109,7 @@ def results(root: Path, smollm2: Path) -> Results:
     states = {"block_size": None, "dtype": "bfloat16", "max_model_len": 4096, "max_num_batched_tokens": 1024}
     states |= {"kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": True, "disable_log_stats": False}
     jobs.add("states/turboquant", "qwen 3 next", K4V4, long, **states)
+    jobs.add("finer states/turboquant", "qwen 3 next", K4V4, long, **states, prefix_match_unit=16)
     jobs.add("plain/turboquant", "llama", K4V4, {"given": False}, max_num_batched_tokens=512, **UNCALIBRATED)
     return jobs.run()
 
@@ -171,6 +172,13 @@ def test_prefixes_beside_states(results: Results, root: Path) -> None:
     assert sum(said in line for line in lines(root)["states/turboquant"]) == 1
     first, second = answers(results, "states/turboquant"), answers(again(results, "states/turboquant", 0), "again")
     assert [a.tokens for a in first] == [a.tokens for a in second]
+    # With the option that the line names, hits end inside a block, which vLLM then copies.
+    found = results["finer states/turboquant"]
+    assert found["metrics"]["prefix_cache_hits"] == 992 + 2096
+    assert sum("reused in steps of 16 tokens" in line for line in lines(root)["finer states/turboquant"]) == 1
+    again_finer = answers(again(results, "finer states/turboquant", 0), "again")
+    # The state itself is rounded to bf16 at other places of the prompt.
+    assert all(abs(a.logprobs[0] - b.logprobs[0]) < BF16_TOLERANCE for a, b in zip(first, again_finer, strict=True))
 
 
 def test_preemption(results: Results) -> None:
