@@ -215,19 +215,28 @@ def _evaluate(given: argparse.Namespace) -> int:
         print(f"{ERROR} --only {' '.join(unknown)}: allowed are {', '.join(NAMES)}", file=sys.stderr)
         return 2
     cases = [case for case in all_cases() if not given.only or case.name in given.only]
-    model, bases = served_model(given.model, cases, given.served)
-    made = rows(model, Path(given.model).name, cases, given.contexts, bases, given.tokens)
-    if given.json:
-        _print_json(list(made))
-        return 0
-    print(evaluation_line(None))
-    for row in made:
-        print(evaluation_line(row), flush=True)
+    try:
+        model, bases = served_model(given.model, cases, given.served)
+        made = rows(model, Path(given.model).name, cases, given.contexts, bases, given.tokens)
+        if given.json:
+            _print_json(list(made))
+            return 0
+        print(evaluation_line(None))
+        for row in made:
+            print(evaluation_line(row), flush=True)
+    except (ValueError, OSError) as error:  # transformers' of the folder; ours of attention that is not read, of too little text
+        print(f"{ERROR} {given.model}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 1
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
+    model = getattr(given, "model", "")
+    # Else libraries take what is plainly a path for a name on a hub, and say what names look like.
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).exists():
+        print(f"{ERROR} MODEL {model}: there is no such folder", file=sys.stderr)
+        return 2
     try:
         return int(given.run(given))
     except TurboQuantError as error:

@@ -107,3 +107,16 @@ def test_without_torch(plugin: None, tmp_path: Path) -> None:
     done = command("plan", str(LLAMA), "--gpu-memory", "80", PYTHONPATH=path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "vllm-turboquant: error: no libtorch.so; vllm-turboquant doctor says what is missing and the cure\n"
+
+
+@pytest.mark.parametrize("name", ["plan", "calibrate", "evaluate"])
+def test_folders_that_do_not_exist(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing"
+    assert cli.main([name, str(missing)]) == 2
+    assert capsys.readouterr().err == f"vllm-turboquant: error: MODEL {missing}: there is no such folder\n"
+
+
+def test_evaluation_of_a_folder_without_weights() -> None:
+    done = command("evaluate", str(LLAMA), "--only", "auto", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(f"vllm-turboquant: error: {LLAMA}: ") and "Traceback" not in done.stderr
