@@ -37,11 +37,12 @@ endif
 serve: setup
 	@$(BIN)/python deploy/serve.py --port $(PORT) --kv-cache-dtype $(KV_CACHE_DTYPE) $(SERVE_ARGS)
 
-# Engines take the whole machine or card, so they run alone, after the tests that take one core each.
+# Engines on a card take all of it, so they run one by one; those on a CPU start on one core.
 test: setup demo-model $(UNPACKED)/.complete
 ifeq ($(strip $(TEST_ARGS)),)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not server and not gpu"
-	$(BIN)/python -m pytest -m "server or gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "server and not gpu"
+	$(BIN)/python -m pytest -m gpu
 else
 	$(BIN)/python -m pytest $(TEST_ARGS)
 endif

@@ -51,7 +51,7 @@ def run_jobs(jobs: list[dict[str, Any]], folder: Path, **environment: str) -> Re
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.server.engine", str(todo), str(done)],
             cwd=Path(__file__).parents[2],
-            env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "2"} | environment,
+            env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
