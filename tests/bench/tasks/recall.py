@@ -10,7 +10,7 @@ NAMES = (
     "Pedro", "Quinn", "Rosa", "Samir", "Tilda", "Ugo", "Vera", "Walt", "Xenia", "Yusuf", "Zora",
 )  # fmt: skip
 COLOURS = ("red", "green", "blue", "white", "black", "brown")
-DOCUMENTS, FACTS = 100, 60
+DOCUMENTS, FACTS = 100, 24
 
 
 def _document(number: int) -> dict[str, str]:
