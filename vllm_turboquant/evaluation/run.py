@@ -90,12 +90,17 @@ def divergences(
     """
     results = [Divergence() for _ in cases]
     chunk = max(_LOGITS // model.model.get_output_embeddings().weight.shape[0], 1)
-    for ids in tqdm(texts, unit="text", disable=None):
-        reference = model.hidden(ids, Case("auto"))
-        hidden = [model.hidden(ids, case, calibration) for case in cases]
+    bar = tqdm(total=len(texts) * (1 + len(cases)), unit="pass", disable=None)
+    for ids in texts:
+        passes = []
+        for case in (Case("auto"), *cases):
+            passes.append(model.hidden(ids, case, calibration))
+            bar.update()
+        reference, *hidden = passes
         for start in range(0, len(ids) - 1, chunk):
             part = slice(start, min(start + chunk, len(ids) - 1))
             truth = model.logits(reference[part])
             for result, x in zip(results, hidden, strict=True):
                 result.add(truth, model.logits(x[part]), ids[start + 1 : part.stop + 1], start)
+    bar.close()
     return results
