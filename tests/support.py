@@ -203,7 +203,11 @@ FEATURES = (
         WORKS,
         ("server/test_parallel.py::test_tensor_parallel", "server/test_parallel.py::test_ranks_calibrate_their_own_heads"),
     ),
-    Kind("Pipeline parallelism", UNTESTED),
+    Kind(
+        "Pipeline parallelism: keys are not calibrated (vLLM on a CPU does not take --enforce-eager with it)",
+        WORKS,
+        _of("server/test_parallel.py::test_pipeline_stages", "lossless", "default"),
+    ),
     Kind("Data parallelism", WORKS, ("server/test_parallel.py::test_replicas",)),
     Kind("Decode context parallelism", REFUSED, _of(REFUSALS, "DCP", "DCP and TP")),
     Kind("Sleep mode on a GPU (vLLM has none on a CPU)", REFUSED, ("plugin/test_refusals.py::test_sleep_mode_on_a_gpu",)),

@@ -59,8 +59,10 @@ def ask(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def facts(llm: Any) -> dict[str, Any]:
-    """Preset by attention layer, None where it is vLLM's own; blocks of the pool; counters, where statistics are on."""
+    """Preset by attention layer, None where it is vLLM's own; blocks of the pool; counters, where statistics are on; what the
+    status page asks of pipeline stages, which run in processes of their own."""
     config = llm.llm_engine.vllm_config
+    staged = config.parallel_config.pipeline_parallel_size > 1
     layers = config.compilation_config.static_forward_context
     backends = {name: layer.attn_backend for name, layer in layers.items() if hasattr(layer, "attn_backend")}
     counters = llm.get_metrics() if llm.llm_engine.log_stats else []
@@ -68,6 +70,7 @@ def facts(llm: Any) -> dict[str, Any]:
         "layers": {name: getattr(backend, "turboquant_preset", None) for name, backend in backends.items()},
         "blocks": config.cache_config.num_gpu_blocks,
         "block_size": config.cache_config.block_size,
+        "stages": llm.collective_rpc("turboquant_layers") if staged else [],
         "metrics": {metric.name.removeprefix("vllm:"): metric.value for metric in counters if hasattr(metric, "value")},
     }
 
