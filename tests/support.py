@@ -119,8 +119,19 @@ MODELS = (
         WORKS,
         _of("server/test_features.py::test_quantised_weights", "awq", "gptq"),
     ),
-    Kind("fp8 checkpoints", UNTESTED),
-    Kind("Multimodal models whose images are attended causally", UNTESTED),
+    Kind(
+        "fp8 checkpoints (of compressed-tensors; vLLM's kernels for others want a CPU with AMX)",
+        WORKS,
+        (
+            *_of("server/test_features.py::test_quantised_weights", "fp8"),
+            "plugin/test_planner.py::test_quantised_weights_without_kernels_here",
+        ),
+    ),
+    Kind(
+        "Multimodal models whose images are attended causally (Idefics 3): keys are not calibrated",
+        WORKS,
+        ("server/test_features.py::test_images",),
+    ),
     Kind(
         "Checkpoints with a KV cache of their own: the flag wins, a line says so",
         WORKS,

@@ -4,7 +4,7 @@ For what needs many start-ups and no HTTP. A process of its own, because an engi
 other tests import other versions of vLLM. A job: {"name", "prompts": [[token, ...], ...], "max_tokens",
 "llm": {arguments}}, and optionally "then": what is done before the prompts are asked again, by the names in ``ACTIONS``, one
 list of answers more for each; "given": False leaves out the prompts' log-probabilities, with which no prefix is reused;
-"regex": what answers must match; "lora": the folder of an adapter.
+"regex": what answers must match; "lora": the folder of an adapter; "images": by prompt the seed of a picture, or null.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def ask(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
 
+    from .images import picture
+
     regex = job.get("regex")
     sampling = SamplingParams(
         temperature=0,
@@ -41,7 +43,10 @@ def ask(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
         structured_outputs=None if regex is None else StructuredOutputsParams(regex=regex),
     )
     adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
-    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    prompts: list[dict[str, Any]] = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    for prompt, seed in zip(prompts, job.get("images", ()), strict=False):
+        if seed is not None:
+            prompt["multi_modal_data"] = {"image": picture(seed)}
     outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
     answers = []
     for output in outputs:
