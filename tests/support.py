@@ -99,7 +99,7 @@ MODELS = (
         ),
     ),
     Kind(
-        "Hybrids: Jamba (vLLM has no such kernel on a CPU)",
+        "Hybrids: Jamba, states padded by 3.1% (vLLM has no such kernel on a CPU)",
         PLANNED,
         ("plugin/test_planning.py::test_padding_of_hybrids",),
     ),
