@@ -234,7 +234,21 @@ FEATURES = (
         ("plugin/test_refusals.py::test_shared_storage_of_other_pages",),
     ),
     Kind("A connector with a calibration that other servers do not have", REFUSED, _of(REFUSALS, "calibration shared")),
-    Kind("Native KV offloading, NIXL (vLLM has none on a CPU)", UNTESTED),
+    Kind(
+        "Native KV offloading (vLLM has none on a CPU)",
+        PLANNED,
+        ("plugin/test_offloading.py::test_blocks_come_back_elsewhere",),
+    ),
+    Kind(
+        "Tiers behind native offloading (files, objects), where a calibration is not told from another",
+        REFUSED,
+        _of(REFUSALS, "tier", "tier inside", "tier without connector"),
+    ),
+    Kind(
+        "NIXL, whose handshake refuses servers of another preset, format or calibration",
+        PLANNED,
+        ("plugin/test_offloading.py::test_nixl_tells_calibrations_apart",),
+    ),
     Kind(
         "LMCache, as a connector or for offloading",
         REFUSED,

@@ -1,4 +1,4 @@
-"""vLLM's native offloading over our pages: its own registration says where a block lies, and those bytes come back.
+"""Native offloading over our pages: vLLM's own registration says where a block lies, and those bytes come back. NIXL's handshake.
 
 vLLM offloads from GPUs only. What it does there with a registration is a list of pointers and sizes, copied here by hand.
 """
@@ -18,6 +18,7 @@ from vllm_turboquant.kernels.format import page_format
 
 from .conftest import EngineConfig
 from .layers import Layer, build, plan, planned_specs, specs, views
+from .test_calibration import random_basis
 
 CHUNK = 2  # blocks that are offloaded as one
 POISON = 0x5A
@@ -64,7 +65,7 @@ def test_blocks_come_back_elsewhere(preset: str, shape: str, layout: str, engine
     from vllm_turboquant.pages import fit
 
     layers, options = SHAPES[shape]
-    config = engine_config(kv_cache_dtype=preset, block_size=16, max_model_len=128, **options)
+    config = engine_config(kv_cache_dtype=preset, block_size=16, max_model_len=128, kv_offloading_size=1.0, **options)
     planned = plan(config, fit(specs(config, build(config, layers)), config), 1 << 20, layout)
     raw = torch.full((planned.kv_cache_tensors[0].size,), POISON, dtype=torch.int8)
     caches = views(planned, raw, layout)
@@ -92,3 +93,31 @@ def test_blocks_come_back_elsewhere(preset: str, shape: str, layout: str, engine
         for name, kept in before.items():
             assert torch.equal(caches[name][new].view(torch.uint8), kept.view(torch.uint8)), name
             assert bool((caches[name][rest].view(torch.uint8) == POISON).all()), f"{name}: other blocks were written"
+
+
+def test_nixl_tells_calibrations_apart(engine_config: EngineConfig, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """By the hash that its workers compare before one reads the other's pages."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
+
+    from vllm_turboquant.compat import _tell_calibrations_apart
+
+    name = "compute_nixl_compatibility_hash"
+    original = getattr(base_worker, name)
+    monkeypatch.setattr(base_worker, name, original)  # to be put back at the end
+    off = {"additional_config": {"turboquant": {"calibration": "off"}}}
+    plain = engine_config(**off)
+    _tell_calibrations_apart(plain)
+    assert getattr(base_worker, name) is original
+    nixl = off | {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}}
+    generator = torch.Generator().manual_seed(seed)
+    one, other = (random_basis(2, 128, generator) for _ in range(2))
+
+    def compared(basis: Any, **options: Any) -> str:
+        config = engine_config(**nixl, **options)
+        for layer in build(config, [Layer()] * 2).values():
+            layer.impl.basis = basis
+        _tell_calibrations_apart(config)
+        return str(getattr(base_worker, name)(config, "TURBOQUANT"))
+
+    assert compared(one) == compared(one)
+    assert len({compared(one), compared(other), compared(None), compared(one, kv_cache_dtype="turboquant-k8v4")}) == 4

@@ -45,9 +45,7 @@ class EvaluatedModel:
         self._statistics: dict[int, KeyStatistics] | None = None
 
     @torch.inference_mode()
-    def hidden(
-        self, ids: torch.Tensor, case: Case, bases: Sequence[KeyBasis] | None = None, before: Any = None
-    ) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, case: Case, bases: Sequence[KeyBasis] | None = None, before: Any = None) -> torch.Tensor:
         """What `logits` turns into logits: float32 ``[T, n]`` for tokens ids int64 ``[T]``. bases: one a layer.
 
         before: what `prefilled` gave for the tokens that come before ``ids``; read as ``case`` stores it, and left as it was.
