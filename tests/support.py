@@ -99,7 +99,7 @@ MODELS = (
         ),
     ),
     Kind(
-        "Hybrids: Jamba (vLLM has no such kernel on a CPU)",
+        "Hybrids: Jamba, states padded by 3.1% (vLLM has no such kernel on a CPU)",
         PLANNED,
         ("plugin/test_planning.py::test_padding_of_hybrids",),
     ),
@@ -120,8 +120,19 @@ MODELS = (
         WORKS,
         _of("server/test_features.py::test_quantised_weights", "awq", "gptq"),
     ),
-    Kind("fp8 checkpoints", UNTESTED),
-    Kind("Multimodal models whose images are attended causally", UNTESTED),
+    Kind(
+        "fp8 checkpoints (of compressed-tensors; vLLM's kernels for others want a CPU with AMX)",
+        WORKS,
+        (
+            *_of("server/test_features.py::test_quantised_weights", "fp8"),
+            "plugin/test_planner.py::test_quantised_weights_without_kernels_here",
+        ),
+    ),
+    Kind(
+        "Multimodal models whose images are attended causally (Idefics 3): keys are not calibrated",
+        WORKS,
+        ("server/test_features.py::test_images",),
+    ),
     Kind(
         "Checkpoints with a KV cache of their own: the flag wins, a line says so",
         WORKS,
@@ -205,7 +216,11 @@ FEATURES = (
         WORKS,
         ("server/test_parallel.py::test_tensor_parallel", "server/test_parallel.py::test_ranks_calibrate_their_own_heads"),
     ),
-    Kind("Pipeline parallelism", UNTESTED),
+    Kind(
+        "Pipeline parallelism: keys are not calibrated (vLLM on a CPU does not take --enforce-eager with it)",
+        WORKS,
+        _of("server/test_parallel.py::test_pipeline_stages", "lossless", "default"),
+    ),
     Kind("Data parallelism", WORKS, ("server/test_parallel.py::test_replicas",)),
     Kind("Decode context parallelism", REFUSED, _of(REFUSALS, "DCP", "DCP and TP")),
     Kind("Sleep mode on a GPU (vLLM has none on a CPU)", REFUSED, ("plugin/test_refusals.py::test_sleep_mode_on_a_gpu",)),
@@ -221,7 +236,21 @@ FEATURES = (
         ("plugin/test_refusals.py::test_shared_storage_of_other_pages",),
     ),
     Kind("A connector with a calibration that other servers do not have", REFUSED, _of(REFUSALS, "calibration shared")),
-    Kind("Native KV offloading, NIXL (vLLM has none on a CPU)", UNTESTED),
+    Kind(
+        "Native KV offloading (vLLM has none on a CPU)",
+        PLANNED,
+        ("plugin/test_offloading.py::test_blocks_come_back_elsewhere",),
+    ),
+    Kind(
+        "Tiers behind native offloading (files, objects), where a calibration is not told from another",
+        REFUSED,
+        _of(REFUSALS, "tier", "tier inside", "tier without connector"),
+    ),
+    Kind(
+        "NIXL, whose handshake refuses servers of another preset, format or calibration",
+        PLANNED,
+        ("plugin/test_offloading.py::test_nixl_tells_calibrations_apart",),
+    ),
     Kind(
         "LMCache, as a connector or for offloading",
         REFUSED,

@@ -10,11 +10,12 @@
 | G | ``WorkerWrapperBase.get_kv_cache_spec`` | add | add | calibrate when weights are loaded, before the KV cache is sized; pages of one size beside skipped layers | vLLM has a hook there |
 | G | ``WorkerWrapperBase.turboquant_*`` | add | add | what ``collective_rpc`` asks workers for | a plugin can add such methods |
 | I | ``WorkerWrapperBase.initialize_from_config`` | wrap | wrap | say after start-up what is compressed | vLLM has a hook there |
+| K | NIXL's ``compute_nixl_compatibility_hash`` | wrap | wrap | servers of other calibrations shall not read each other's pages | vLLM lets a backend add to it |
 | J | ``CacheConfig.metrics_info`` | wrap | wrap | the same as a label of ``vllm:cache_config_info`` | vLLM has a hook there |
 | H | ``sys.excepthook`` | chain | chain | a refusal ends in its sentence, not in a traceback | vLLM prints config errors so |
 
-All are applied together or not at all: first every structural check, then every patch; only G and I wait until a layer of ours
-is built, as they need modules that no other process loads. G also puts stand-ins into layers while it runs the model
+All are applied together or not at all: first every structural check, then every patch; only G, I and K wait until a layer
+of ours is built, as they need modules that no other process loads. G also puts stand-ins into layers while it runs the model
 (``calibration_run``). The dtype name is the only
 switch: other dtypes go through the wrapped functions unchanged (E also refuses vLLM's own TurboQuant names on a CPU).
 Never dispatch on ``KVQuantMode``: upstream, CUSTOM and OCTAVE_K3V4 share the value 12.
@@ -30,7 +31,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from . import __version__, status
+from . import __version__, connectors, status
 from .config import BACKEND_NAME, FLAG, TurboQuantError, check_dtype_name, dtype_names, is_ours, refuse
 from .supported import SUPPORTED, structural_problems, supported_version
 
@@ -210,6 +211,8 @@ def _follow_workers() -> None:
     def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
         from .summary import report
 
+        if "turboquant_specs" in vars(self):
+            _tell_calibrations_apart(self.vllm_config)
         original(self, kv_cache_configs)
         if "turboquant_specs" in vars(self):
             report(self.vllm_config, kv_cache_configs[self.global_rank], self.turboquant_specs, self.turboquant_keys)
@@ -228,6 +231,25 @@ def _follow_workers() -> None:
 
     wrapper.turboquant_calibration = turboquant_calibration
     wrapper.turboquant_layers = turboquant_layers
+
+
+def _tell_calibrations_apart(vllm_config: Any) -> None:
+    """Patch K, before NIXL registers pages: its handshake compares dtype and shapes, not what keys are stored under."""
+    if not any("nixl" in name.lower() for name in connectors.names(vllm_config.kv_transfer_config)):
+        return
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
+
+    from .endpoint_layers import stored_as
+
+    original = base_worker.compute_nixl_compatibility_hash
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def compute_nixl_compatibility_hash(config: Any, backend: str, *args: Any, **kwargs: Any) -> str:
+        return original(config, f"{backend}, {stored_as(config)}", *args, **kwargs)
+
+    base_worker.compute_nixl_compatibility_hash = compute_nixl_compatibility_hash
 
 
 def _wrap_model_config() -> None:

@@ -30,8 +30,27 @@ def names(config: Any) -> list[str]:
     return [one["name"] for one in configs(config)]
 
 
+def tiers(config: Any) -> list[str]:
+    """Types of the tiers to which native offloading hands pages on, those of connectors inside a MultiConnector included."""
+    if config is None:
+        return []
+    extra = (config.get if isinstance(config, dict) else lambda key: getattr(config, key, None))(
+        "kv_connector_extra_config"
+    ) or {}
+    own = [str(tier.get("type")) for tier in extra.get("secondary_tiers") or [] if isinstance(tier, dict)]
+    return own + [found for one in extra.get("connectors") or [] for found in tiers(one)]
+
+
 def check(dtype: str, args: Any) -> None:
-    """Raises TurboQuantError for connectors that compute page sizes of their own."""
+    """Raises TurboQuantError for connectors that compute page sizes of their own, and for tiers that other servers read."""
+    for tier in tiers(args.kv_transfer_config):
+        # Files and objects are named by tokens and dtype: pages of another calibration would be read as one's own.
+        raise refuse(
+            FLAG,
+            dtype,
+            f"cannot be combined with --kv-transfer-config's secondary tier {tier}, which finds pages whatever their calibration",
+            "drop secondary_tiers or use --kv-cache-dtype auto",
+        )
     for connector in names(args.kv_transfer_config):
         if "lmcache" in connector.lower():
             raise refuse(

@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .kernels.format import FORMAT_VERSION
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -63,6 +65,15 @@ def _fingerprint(bases: dict[str, Any]) -> str | None:
         for tensor in bases[name].tensors:
             digest.update(tensor.cpu().numpy().data)
     return digest.hexdigest()[:16]
+
+
+def stored_as(config: VllmConfig) -> str:
+    """What pages of this worker depend on beside dtype and shapes: equal on workers that can read each other's."""
+    from .impl import TurboQuantImpl
+
+    impls = {name: getattr(layer, "impl", None) for name, layer in config.compilation_config.static_forward_context.items()}
+    bases = {name: impl.basis for name, impl in impls.items() if isinstance(impl, TurboQuantImpl) and impl.basis is not None}
+    return f"format {FORMAT_VERSION}, keys {_fingerprint(bases)}"
 
 
 def fingerprint_of_ranks(workers: list[WorkerLayers]) -> str | None:

@@ -34,6 +34,7 @@ def _calibration(value: object, *parts: str) -> Refusal:
     return Refusal(args={"additional_config": {"turboquant": {"calibration": value}}}, parts=("--additional-config", *parts))
 
 
+FILES = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [{"type": "fs", "root_dir": "/no/such"}]}
 REFUSALS: dict[str, Refusal] = {
     "wrong preset": _name("turboquant-k9v9", ALLOWED),
     "upper case": _name("turboquant-K8V4", ALLOWED),
@@ -95,6 +96,18 @@ REFUSALS: dict[str, Refusal] = {
     "LMCache offloading": Refusal(
         args={"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"},
         parts=(FLAG, "--kv-offloading-backend lmcache", "allowed is native", "use --kv-offloading-backend native"),
+    ),
+    "tier": Refusal(
+        args={"kv_transfer_config": _connector("OffloadingConnector", FILES)},
+        parts=(FLAG, "--kv-transfer-config's secondary tier fs", "finds pages whatever", "drop secondary_tiers", "auto"),
+    ),
+    "tier inside": Refusal(
+        args={"kv_transfer_config": _connector("MultiConnector", {"connectors": [_connector("OffloadingConnector", FILES)]})},
+        parts=(FLAG, "--kv-transfer-config's secondary tier fs", "finds pages whatever", "drop secondary_tiers", "auto"),
+    ),
+    "tier without connector": Refusal(
+        args={"kv_offloading_size": 1.0, "kv_transfer_config": {"kv_connector_extra_config": FILES}},
+        parts=(FLAG, "--kv-transfer-config's secondary tier fs", "finds pages whatever", "drop secondary_tiers", "auto"),
     ),
     "skipped layer that is none": Refusal(
         args={"kv_cache_dtype_skip_layers": ["0", "6"]},

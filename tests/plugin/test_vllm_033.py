@@ -24,6 +24,7 @@ FILES = (
     "planning",
     "planner",
     "views",
+    "offloading",
     "refusals",
     "rotary",
     "calibration",

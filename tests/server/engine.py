@@ -4,7 +4,8 @@ For what needs many start-ups and no HTTP. A process of its own, because an engi
 other tests import other versions of vLLM. A job: {"name", "prompts": [[token, ...], ...], "max_tokens",
 "llm": {arguments}}, and optionally "then": what is done before the prompts are asked again, by the names in ``ACTIONS``, one
 list of answers more for each; "given": False leaves out the prompts' log-probabilities, with which no prefix is reused;
-"regex": what answers must match; "lora": the folder of an adapter; "embed": True asks a pooling model for embeddings instead.
+"regex": what answers must match; "lora": the folder of an adapter; "images": by prompt the seed of a picture, or null; "embed":
+True asks a pooling model for embeddings instead.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def generated(llm: Any, job: dict[str, Any], prompts: list[dict[str, Any]]) -> l
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
 
+    from .images import picture
+
     regex = job.get("regex")
     sampling = SamplingParams(
         temperature=0,
@@ -48,6 +51,9 @@ def generated(llm: Any, job: dict[str, Any], prompts: list[dict[str, Any]]) -> l
         structured_outputs=None if regex is None else StructuredOutputsParams(regex=regex),
     )
     adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
+    for prompt, seed in zip(prompts, job.get("images", ()), strict=False):
+        if seed is not None:
+            prompt["multi_modal_data"] = {"image": picture(seed)}
     outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
     answers = []
     for output in outputs:
@@ -65,8 +71,10 @@ def generated(llm: Any, job: dict[str, Any], prompts: list[dict[str, Any]]) -> l
 
 
 def facts(llm: Any) -> dict[str, Any]:
-    """Preset by attention layer, None where it is vLLM's own; blocks of the pool; counters, where statistics are on."""
+    """Preset by attention layer, None where it is vLLM's own; blocks of the pool; counters, where statistics are on; what the
+    status page asks of pipeline stages, which run in processes of their own."""
     config = llm.llm_engine.vllm_config
+    staged = config.parallel_config.pipeline_parallel_size > 1
     layers = config.compilation_config.static_forward_context
     backends = {name: layer.attn_backend for name, layer in layers.items() if hasattr(layer, "attn_backend")}
     counters = llm.get_metrics() if llm.llm_engine.log_stats else []
@@ -74,6 +82,7 @@ def facts(llm: Any) -> dict[str, Any]:
         "layers": {name: getattr(backend, "turboquant_preset", None) for name, backend in backends.items()},
         "blocks": config.cache_config.num_gpu_blocks,
         "block_size": config.cache_config.block_size,
+        "stages": llm.collective_rpc("turboquant_layers") if staged else [],
         "metrics": {metric.name.removeprefix("vllm:"): metric.value for metric in counters if hasattr(metric, "value")},
     }
 

@@ -170,6 +170,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 _TARGET = _LLAMA | _FEW | {"num_hidden_layers": 8}
 _DRAFT = _TARGET | {"num_hidden_layers": 1}
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 _PACKED = _LLAMA | {"hidden_size": 256, "intermediate_size": 256}
 
 # Models that serve to show something else.
@@ -203,15 +204,54 @@ HELPERS: dict[str, dict[str, Any]] = {
     | {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}},
     "gptq": _PACKED
     | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}},
+    "fp8": _LLAMA
+    | {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": _FP8 | {"strategy": "channel", "dynamic": False},
+                    "input_activations": _FP8 | {"strategy": "token", "dynamic": True},
+                }
+            },
+            "ignore": ["lm_head"],
+        }
+    },
     "own cache": _LLAMA
     | {
         "quantization_config": {
             "quant_method": "compressed-tensors",
             "format": "float-quantized",
-            "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
+            "kv_cache_scheme": _FP8 | {"strategy": "tensor", "dynamic": False},
             "config_groups": {},
             "ignore": ["lm_head"],
         }
     },
     "words": _LLAMA | {"vocab_size": 49152},  # SmolLM2's
 }
+
+
+def seeing(words: int, image: int, size: int, patch: int, scale: int) -> dict[str, Any]:
+    """Idefics 3 over a vocabulary of ``words``, with ``image`` the token of its images."""
+    vision = {
+        "model_type": "idefics3_vision",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": size,
+        "patch_size": patch,
+    }
+    return {
+        "architectures": ["Idefics3ForConditionalGeneration"],
+        "model_type": "idefics3",
+        "text_config": _LLAMA | {"vocab_size": words},
+        "vision_config": vision,
+        "image_token_id": image,
+        "scale_factor": scale,
+        "dtype": "float32",
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+    }

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 from pathlib import Path
+
+import pytest
 
 from tests.plugin.test_doctor import doctor
 
 from .answers import assert_same, complete, story
 from .harness import LOSSLESS, Flags, Server, ServerPool, side_by_side
+from .shapes import VOCABULARY
+from .test_engines import Results, answers, run_jobs
+from .test_features import UNCALIBRATED
+from .test_kinds import K4V4, LLM, lines, prompt
 from .test_lossless import EXTRA, flags
+from .weights import real_weights
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
@@ -66,8 +74,8 @@ def test_replicas(pool: ServerPool, tiny_models: dict[str, Path], rng: random.Ra
 def prompt_logprobs(server: Server, prompts: list[str]) -> list[float]:
     """Of the prompts' own tokens: on a CPU their context is read back from the pages."""
     found: list[float] = []
-    for prompt in prompts:
-        result = server.client().completions.create(model="m", prompt=prompt, max_tokens=1, temperature=0, logprobs=1, echo=True)
+    for text in prompts:
+        result = server.client().completions.create(model="m", prompt=text, max_tokens=1, temperature=0, logprobs=1, echo=True)
         logprobs = result.choices[0].logprobs
         assert logprobs is not None and logprobs.token_logprobs
         found += [x for x in logprobs.token_logprobs[:-1] if x is not None]
@@ -86,3 +94,74 @@ def test_ranks_calibrate_their_own_heads(pool: ServerPool, tiny_models: dict[str
     print(f"log-probabilities moved by {moved[0]:.4f} on one rank, {moved[1]:.4f} on two, {apart:.4f} apart")
     # Sums over tokens and heads are rounded in other orders, which flips few codes.
     assert apart < 0.2 * moved[0] and abs(moved[1] / moved[0] - 1) < 0.05
+
+
+DEPTH = 3  # layers, which two stages cannot share equally
+# vLLM makes the buffers of later stages while it warms up, which on a CPU it does only where it compiles: here by a compiler that
+# does nothing. With --enforce-eager the first request ends the engine there, with dtype auto as well.
+STAGED = {
+    "pipeline_parallel_size": 2,
+    "distributed_executor_backend": "mp",
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager"},
+}
+STAGES_ENVIRONMENT = {
+    "TORCH_COMPILE_DISABLE": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",  # two threads of each stage would wait for each other on two cores
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "0",
+}
+FALLBACK = "pipeline parallelism is not handled"
+# Job to dtype, what stands for the job on one rank, and the words on calibration.
+PIPELINES = {
+    "lossless": (LOSSLESS, "auto", "keys exact"),
+    "default": (K4V4, "uncalibrated", f"not calibrated: {FALLBACK}"),
+}
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+@pytest.fixture(scope="module")
+def pipelines(log: Path) -> Results:
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"prompts by seed {seed}")
+    rng = random.Random(seed)
+    job = {"prompts": [prompt(rng, length) for length in (7, 60, 150)], "max_tokens": 24}
+    llm = LLM | {"model": real_weights(log, VOCABULARY, DEPTH), "load_format": "auto"}
+    engines = {
+        "auto": {"kv_cache_dtype": "auto"},
+        "uncalibrated": {"kv_cache_dtype": K4V4} | UNCALIBRATED,
+        "lossless": {"kv_cache_dtype": LOSSLESS} | STAGED,
+        "default": {"kv_cache_dtype": K4V4} | STAGED,
+    }
+    jobs = [job | {"name": name, "llm": llm | engine} for name, engine in engines.items()]
+    return run_jobs(jobs, log, VLLM_CACHE_ROOT=str(log / "cache"), **STAGES_ENVIRONMENT)
+
+
+@pytest.mark.parametrize("case", PIPELINES)
+def test_pipeline_stages(case: str, pipelines: Results, log: Path) -> None:
+    """The answers of one rank, from codes too, as uncalibrated ones are the same. Each stage says what it has; together they have
+    every layer once."""
+    dtype, reference, calibration = PIPELINES[case]
+    assert_same(answers(pipelines, reference), answers(pipelines, case))
+    held = [stage["compressed"] for stage in pipelines[case]["stages"]]
+    assert sorted(name for names in held for name in names) == [f"model.layers.{index}.self_attn.attn" for index in range(DEPTH)]
+    assert len(held) == 2 and len(held[0]) != len(held[1])
+    said = [line for line in lines(log)[case] if line.startswith(dtype)]
+    assert len(said) == 2
+    for stage, names in enumerate(held):
+        (line,) = (line for line in said if f"{dtype}, pipeline stage {stage + 1} of 2; " in line)
+        assert f"; {len(names)} attention layers compressed " in line and f"; {calibration}" in line
+        # Though the blocks of both are as many as the larger stage has memory for.
+        (more,) = re.findall(r" tokens, ([\d.]+)x of auto's", line)
+        (fewer,) = re.findall(r" bytes per token \(([\d.]+)x\)", line)
+        assert float(more) == pytest.approx(float(fewer), rel=0.02)
+    warned = [line for line in lines(log)[case] if line == f"keys are stored without calibration: {FALLBACK}."]
+    assert len(warned) == (case == "default")
+
+
+def test_pipeline_comparison_can_fail(pipelines: Results) -> None:
+    assert [a.tokens for a in answers(pipelines, "auto")] != [a.tokens for a in answers(pipelines, "default")]

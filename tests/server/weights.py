@@ -48,15 +48,15 @@ def install() -> None:
     DummyModelLoader.load_weights = lambda self, model, model_config: fill(model)  # type: ignore[method-assign]
 
 
-def real_weights(root: Path, vocabulary: int) -> str:
-    """On disk, where they can be read again."""
+def real_weights(root: Path, vocabulary: int, layers: int = 2) -> str:
+    """On disk, where they can be read again, and by processes that ``install`` does not reach."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
