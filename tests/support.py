@@ -247,9 +247,9 @@ FEATURES = (
         _of(REFUSALS, "tier", "tier inside", "tier without connector"),
     ),
     Kind(
-        "NIXL, whose handshake refuses servers of another preset, format or calibration",
-        PLANNED,
-        ("plugin/test_offloading.py::test_nixl_tells_calibrations_apart",),
+        "NIXL (the server test runs where nixl is installed); its handshake refuses another preset, format or calibration",
+        WORKS,
+        ("server/test_nixl.py::test_prefilled_elsewhere", "plugin/test_offloading.py::test_nixl_tells_calibrations_apart"),
     ),
     Kind(
         "LMCache, as a connector or for offloading",

@@ -63,6 +63,7 @@ class Flags:
     extra: tuple[str, ...] = ()
     cores: int = 1  # 2: one tensor-parallel rank a core
     eager: bool = True
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -96,7 +97,9 @@ class Server:
         command += [f"--dtype={flags.dtype}", f"--host={HOST}", f"--port={self.port}", "--served-model-name=m"]
         # vLLM would ask for nearly all memory where no cache size is given, and two servers share it.
         command += ["--gpu-memory-utilization=0.1", *(["--enforce-eager"] if flags.eager else []), *flags.extra]
-        environment = {"VLLM_CACHE_ROOT": str(self.log_path.with_suffix(".cache"))} | os.environ | ENVIRONMENT
+        environment = (
+            {"VLLM_CACHE_ROOT": str(self.log_path.with_suffix(".cache"))} | os.environ | ENVIRONMENT | dict(flags.environment)
+        )
         if flags.cores > 1:
             own = sorted(os.sched_getaffinity(0))
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(own[i % len(own)]) for i in range(flags.cores))

@@ -21,6 +21,7 @@ from .test_kinds import K4V4, LLM, lines, prompt
 from .test_lossless import EXTRA, flags
 from .weights import real_weights
 
+SMALL = ("--max-model-len=512", "--max-num-batched-tokens=128", "--kv-cache-memory-bytes=64M", "--block-size=32")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
 
@@ -43,9 +44,8 @@ def test_ngram_speculation(pool: ServerPool, smollm2: Path, rng: random.Random) 
 
 def on_ranks(pool: ServerPool, model: Path, kv: str, kind: str = "tensor") -> list[Server]:
     """A server of one rank and one of two."""
-    extra = ("--max-model-len=512", "--max-num-batched-tokens=128", "--kv-cache-memory-bytes=64M", "--block-size=32")
-    two = Flags(model, kv, extra=(*extra, f"--{kind}-parallel-size=2"), cores=2)
-    return pool.get(Flags(model, kv, extra=extra), two)
+    two = Flags(model, kv, extra=(*SMALL, f"--{kind}-parallel-size=2"), cores=2)
+    return pool.get(Flags(model, kv, extra=SMALL), two)
 
 
 def test_tensor_parallel(pool: ServerPool, tiny_models: dict[str, Path], rng: random.Random) -> None:
