@@ -83,7 +83,8 @@ def test_on_cuda_other_names_are_vllms(dtype: str, plugin: None, monkeypatch: py
     assert _select(monkeypatch, dtype) == f"vLLM's choice for {dtype}"
     from vllm_turboquant.refusals import check_engine_args
 
-    arguments = SimpleNamespace(kv_cache_dtype=dtype, speculative_config=None)
+    none = dict.fromkeys(("speculative_config", "spec_method", "spec_model", "spec_tokens"))
+    arguments = SimpleNamespace(kv_cache_dtype=dtype, **none)
     check_engine_args(arguments, None, FakeCuda())  # looks no further than the name, else None would break it
 
 
