@@ -17,28 +17,24 @@ MARK = "turboquant.json"
 
 
 def configs(config: Any) -> list[dict[str, Any]]:
-    """Name and extra settings of each connector in a KVTransferConfig or its dict, those inside a MultiConnector included."""
+    """Name, None without, and extra settings of each connector in a KVTransferConfig or its dict, those inside a MultiConnector
+    included."""
     if config is None:
         return []
     get = config.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
-    name, extra = get("kv_connector"), get("kv_connector_extra_config") or {}
-    own = [{"name": name, "extra": extra}] if name else []
-    return own + [found for one in extra.get("connectors") or [] for found in configs(one)]
+    extra = get("kv_connector_extra_config") or {}
+    own = {"name": get("kv_connector"), "extra": extra}
+    return [own, *(found for one in extra.get("connectors") or [] for found in configs(one))]
 
 
 def names(config: Any) -> list[str]:
-    return [one["name"] for one in configs(config)]
+    return [one["name"] for one in configs(config) if one["name"]]
 
 
 def tiers(config: Any) -> list[str]:
-    """Types of the tiers to which native offloading hands pages on, those of connectors inside a MultiConnector included."""
-    if config is None:
-        return []
-    extra = (config.get if isinstance(config, dict) else lambda key: getattr(config, key, None))(
-        "kv_connector_extra_config"
-    ) or {}
-    own = [str(tier.get("type")) for tier in extra.get("secondary_tiers") or [] if isinstance(tier, dict)]
-    return own + [found for one in extra.get("connectors") or [] for found in tiers(one)]
+    """Types of the tiers to which native offloading hands pages on; --kv-offloading-size needs no connector's name for it."""
+    listed = [tier for one in configs(config) for tier in one["extra"].get("secondary_tiers") or []]
+    return [str(tier.get("type")) for tier in listed if isinstance(tier, dict)]
 
 
 def check(dtype: str, args: Any) -> None:

@@ -33,7 +33,6 @@ def worker_layers(worker: Any, specs: dict[str, Any], fitted: bool) -> dict[str,
     from vllm.model_executor.layers.mamba.abstract import MambaBase
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from .impl import TurboQuantImpl
     from .summary import layers_of
 
     config: VllmConfig = worker.vllm_config
@@ -43,8 +42,7 @@ def worker_layers(worker: Any, specs: dict[str, Any], fitted: bool) -> dict[str,
     found.kept = {name: reason for reason, names in kept.items() for name in names}
     found.kept |= {name: "a recurrent state, not keys and values" for name, x in layers.items() if isinstance(x, MambaBase)}
     found.shared = [name for name in compressed if layers[name].kv_sharing_target_layer_name is not None]
-    impls = {name: layers[name].impl for name in compressed if name not in found.shared}
-    bases = {name: impl.basis for name, impl in impls.items() if isinstance(impl, TurboQuantImpl) and impl.basis is not None}
+    bases = _bases({name: layers[name] for name in compressed if name not in found.shared})
     found.based, found.fingerprint = list(bases), _fingerprint(bases)
     for name, spec in specs.items():
         if isinstance(spec, AttentionSpec):
@@ -53,6 +51,14 @@ def worker_layers(worker: Any, specs: dict[str, Any], fitted: bool) -> dict[str,
             found.bytes += stored
             found.auto_bytes += plain if name in compressed else stored
     return asdict(found)
+
+
+def _bases(layers: dict[str, Any]) -> dict[str, Any]:
+    """What each of these layers stores keys under, of those that have it."""
+    from .impl import TurboQuantImpl
+
+    impls = {name: getattr(layer, "impl", None) for name, layer in layers.items()}
+    return {name: impl.basis for name, impl in impls.items() if isinstance(impl, TurboQuantImpl) and impl.basis is not None}
 
 
 def _fingerprint(bases: dict[str, Any]) -> str | None:
@@ -69,11 +75,7 @@ def _fingerprint(bases: dict[str, Any]) -> str | None:
 
 def stored_as(config: VllmConfig) -> str:
     """What pages of this worker depend on beside dtype and shapes: equal on workers that can read each other's."""
-    from .impl import TurboQuantImpl
-
-    impls = {name: getattr(layer, "impl", None) for name, layer in config.compilation_config.static_forward_context.items()}
-    bases = {name: impl.basis for name, impl in impls.items() if isinstance(impl, TurboQuantImpl) and impl.basis is not None}
-    return f"format {FORMAT_VERSION}, keys {_fingerprint(bases)}"
+    return f"format {FORMAT_VERSION}, keys {_fingerprint(_bases(config.compilation_config.static_forward_context))}"
 
 
 def fingerprint_of_ranks(workers: list[WorkerLayers]) -> str | None:
