@@ -31,9 +31,7 @@ RIVALS = (("fa3_bf16_ms", "FlashAttention 3 bf16"), ("fa3_fp8_ms", "FlashAttenti
 
 
 def read(name: str) -> list[Row]:
-    """None where nothing was measured yet."""
-    place = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in place.read_text().splitlines()] if place.is_file() else []
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
 def decode_rows(of_shape: Row | None = None, fewest: int = 1) -> list[Row]:
@@ -141,17 +139,11 @@ def long_context() -> list[str]:
         # A place reaches to the next.
         first = (512 * places[0] + 512 * places[512] + 1024 * places[1024]) / 2048
         grown.append(f"{places[4096] / first:.2f} times ({model})")
-    lines = [
+    found = {row["name"]: row["found"] for row in read(f"needle_{MODELS[-1]}")}
+    return [
         "Within one text of 8,192 tokens the divergence of calibrated `turboquant` at positions 4,096 to 8,191 is",
         f"{' and '.join(grown)} that of the first 2,048.",
         "",
-    ]
-    rows = read(f"needle_{MODELS[-1]}")
-    if not rows:
-        return lines
-    found = {row["name"]: row["found"] for row in rows}
-    return [
-        *lines,
         "Needles, five facts in a text of 4,096 tokens and five in one of 8,192, that greedy decoding from compressed blocks",
         f"gives back ({MODELS[-1]}, calibrated as installed):",
         "",
