@@ -36,7 +36,8 @@ def attend_decode(
     heads, kv_heads, d = layer.num_heads, layer.num_kv_heads, layer.head_size
     if kv_cache.shape[2] in layer.cuda_decode_pages:
         kernel = launch.decode
-        floats = launch.scratch_floats(heads // kv_heads, d, max_query_len, query.device)
+        turned = 0 if layer.basis is None else len(query) * heads
+        floats = launch.scratch_floats(heads // kv_heads, d, max_query_len, query.device, turned)
     else:
         kernel = portable.decode
         floats = plan_decode(len(seq_lens), len(query), heads, kv_heads, d, max_query_len).floats

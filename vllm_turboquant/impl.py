@@ -83,6 +83,7 @@ class TurboQuantImpl(AttentionImpl):
         # Page sizes for which warm-up found a CUDA kernel usable; the portable ones serve the others.
         self.cuda_decode_pages: set[int] = set()
         self.cuda_context_pages: set[int] = set()
+        self.cuda_store_pages: set[int] = set()
         # Kept, because vLLM's model runners do not all set it around their dummy runs.
         self.vllm_config = get_current_vllm_config()
         _note_head_size(head_size)
@@ -124,8 +125,11 @@ class TurboQuantImpl(AttentionImpl):
                 slot_mapping = slot_mapping[: len(meta.positions)]
                 positions = meta.positions[: len(slot_mapping)]
         if key.is_cuda:
+            from .kernels import store as portable
+            from .kernels.cuda import store as cuda
             from .kernels.recent_keep import keep
-            from .kernels.store import store
+
+            store = (cuda if kv_cache.shape[2] in self.cuda_store_pages else portable).store
         else:
             store, keep = reference.store, recent_reference.keep
         store(key, value, kv_cache, slot_mapping, self.format, self.basis, positions)

@@ -12,6 +12,7 @@ from .kernels.format import PageFormat, page_format
 
 _HEADS, _KV_HEADS, _HEAD_SIZE, _BLOCK = 8, 2, 128, 16
 _LENGTHS = (1, 37, 130)  # tokens of each request, one of them a query
+_DTYPE = torch.bfloat16
 # Root mean square of what codes lose of Gaussian vectors, relative: the two-bit levels' 0.34 is the most; garbage has 1 and more.
 _CODES = 0.5
 _EXACT = 1e-6  # float64 along another path
@@ -39,7 +40,7 @@ class Batch:
         return float(_HEAD_SIZE**-0.5)
 
 
-def stored(preset: str, device: torch.device, store: Callable[..., None], dtype: torch.dtype = torch.bfloat16) -> Batch:
+def stored(preset: str, device: torch.device, store: Callable[..., None], dtype: torch.dtype = _DTYPE) -> Batch:
     """Random tokens that ``store`` put into pages. SelfTestError where they cannot be read back."""
     rng = torch.Generator().manual_seed(0)
     tokens = sum(_LENGTHS)
@@ -113,13 +114,13 @@ def check_portable(preset: str, device: torch.device) -> None:
 
 
 def check_cuda(preset: str, device: torch.device) -> bool:
-    """Triton's store and the CUDA decode; False where there is none for this preset or machine. Raises SelfTestError."""
-    from .kernels.cuda import launch
-    from .kernels.store import store
+    """The CUDA store and decode; False where there are none for this preset or machine. Raises SelfTestError."""
+    from .kernels.cuda import launch, store
 
-    batch = stored(preset, device, store)
-    if not launch.prepare(device, batch.fmt, _BLOCK, batch.query.dtype, _HEADS // _KV_HEADS, 1):
+    fmt = page_format(preset, _HEAD_SIZE)
+    if not launch.prepare(device, fmt, _BLOCK, _DTYPE, _HEADS // _KV_HEADS, 1) or not store.prepare(device, fmt, _BLOCK, _DTYPE):
         return False
+    batch = stored(preset, device, store.store)
     floats = launch.scratch_floats(_HEADS // _KV_HEADS, _HEAD_SIZE, 1, device)
     _compare(f"CUDA decode of {preset}", _decoded(launch.decode, batch, floats), batch, _ROUNDED)
     return True

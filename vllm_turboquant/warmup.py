@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from .decode import attend_decode
 from .impl import TurboQuantImpl, compressed_layers
 from .kernels.cuda import context, launch
+from .kernels.cuda import store as cuda_store
 from .kernels.format import UNIT_TOKENS
 from .kernels.prefill import load_context
 from .kernels.recent_claim import RecentUnits
@@ -41,6 +42,8 @@ def warm_up(
             impl.cuda_decode_pages.add(block_size)
         if context.prepare(device, impl.format, block_size, dtype, impl.basis):
             impl.cuda_context_pages.add(block_size)
+        if cuda_store.prepare(device, impl.format, block_size, dtype, impl.basis):
+            impl.cuda_store_pages.add(block_size)
         kind = (
             impl.preset,
             impl.num_heads,
@@ -64,7 +67,7 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
     qkv = torch.zeros(FEW_TOKENS + 1, (heads + 2 * kv_heads) * d, dtype=dtype, device=device)
     query, key, value = (x.unflatten(1, (-1, d)) for x in qkv.split([heads * d, kv_heads * d, kv_heads * d], dim=1))
     nowhere = torch.full((len(qkv),), -1, dtype=torch.int64, device=device)
-    for tokens in (1, len(qkv)):
+    for tokens in () if block_size in impl.cuda_store_pages else (1, len(qkv)):
         store(key, value, cache, nowhere[:tokens], fmt, impl.basis, torch.zeros_like(nowhere))
     query, key, value, slots = query[:1], key[:1], value[:1], torch.zeros_like(nowhere[:1])
     table = torch.zeros(1, 16, dtype=torch.int32, device=device)

@@ -56,7 +56,7 @@ def reserve(vllm_config: VllmConfig, device: torch.device) -> None:
     for heads, kv_heads, head_size in shapes:
         rows = scheduler.max_num_seqs * query_len, heads
         decode_scratch(_most_floats(scheduler.max_num_seqs, query_len, heads, kv_heads, head_size), rows)
-        decode_scratch(scratch_floats(heads // kv_heads, head_size, query_len, device), rows)
+        decode_scratch(scratch_floats(heads // kv_heads, head_size, query_len, device, rows[0] * heads), rows)
         prefill_scratch(scheduler.max_num_batched_tokens, heads, kv_heads, head_size, vllm_config.model_config.dtype)
 
 

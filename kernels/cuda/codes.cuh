@@ -182,11 +182,13 @@ DEVICE void value_levels(const ValueHalf &r, int octet, bool odd_dims, const Lev
 #endif
 }
 
-#if KEY_BASIS
-// The bucket of positions whose mean a unit's keys are relative to. `inverse`: 2^31 over the units in a bucket, rounded up, which
-// is exact while unit times those is below 2^31.
-DEVICE int bucket_of(u32 unit, u32 inverse, int buckets) {
-  const int bucket = (int)((u64)unit * inverse >> 31);
-  return bucket < buckets ? bucket : buckets - 1;
+// Queries in shared memory, fp16 [columns][D], as operands of MMA tile `n`: two words a step, in the order in which a lane holds
+// a row of keys.
+DEVICE void load_operands(u32 *operands, const u16 *queries, int n, int g, int t) {
+#pragma unroll
+  for (int panel = 0; panel < PANELS; panel++)
+#pragma unroll
+    for (int o = 0; o < KEY_OCTETS; o++)
+      load_shared_128(shared_address(queries + (n * 8 + g) * D + panel * 128 + t * KEY_RUN + o * 8),
+                      operands + 4 * (panel * KEY_OCTETS + o));
 }
-#endif

@@ -12,7 +12,8 @@ from ..format import UNIT_TOKENS, PageFormat
 from ..tables import check_context
 from .driver import Function, built, device_index
 from .fragments import bucket_arguments, key_fragments
-from .variant import ContextVariant, supported_pages
+from .programs import ContextVariant
+from .variant import supported_pages
 
 
 class _Params(ctypes.Structure):

@@ -51,6 +51,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
   const u32 heads = p.kv_heads * column_tiles;
   const Share share = share_work(p, heads, lane);
   if (share.begin >= share.end) {
+    if (KEY_BASIS) wait_for_launcher();
     clear_dead_rows(p);
     return;
   }
@@ -59,6 +60,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
 #pragma unroll
   for (int i = 0; i < STAGES; i++) ring.advance(p, warp, lane);
   clear_dead_rows(p);
+  // Turned queries are another kernel's, which this one may have overtaken; pages were written before that one began.
+  if (KEY_BASIS) wait_for_launcher();
   u32 slot = 0, phase = 0;
   while (true) {
     const Segment s = next;

@@ -78,6 +78,7 @@ def _check(result: tuple[Any, ...], what: str) -> Any:
 
 
 _MIN_ARCH = 80  # asynchronous copies, bf16 MMAs
+_OVERLAP_ARCH = 90  # programmatic dependent launch
 
 
 class Function:
@@ -97,15 +98,33 @@ class Function:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuFuncSetAttribute(self._function, attribute, variant.shared_bytes), "cuFuncSetAttribute")
         self._threads, self._shared = variant.threads, variant.shared_bytes
-        self._launch = driver.cuLaunchKernel
+        self._driver = driver
+        self._overlaps = facts.arch >= _OVERLAP_ARCH
 
-    def launch(self, grid: int, params: ctypes.Structure, stream: int) -> None:
-        """Starts ``grid`` CTAs on ``stream``. ``params`` is copied by the driver. Raises CudaError."""
+    def launch(self, grid: int, params: ctypes.Structure, stream: int, overlap: bool = False) -> None:
+        """Starts ``grid`` CTAs on ``stream``. ``params`` is copied by the driver. Raises CudaError.
+
+        overlap: where the device can, already when all CTAs of the stream's last kernel have said `launch_dependents`; the kernel
+        itself waits for that one's results.
+        """
         pointer = ctypes.c_void_p(ctypes.addressof(params))
-        _check(
-            self._launch(self._function, grid, 1, 1, self._threads, 1, 1, self._shared, stream, ctypes.addressof(pointer), 0),
-            "cuLaunchKernel",
-        )
+        shape = grid, 1, 1, self._threads, 1, 1, self._shared, stream
+        if overlap and self._overlaps:
+            config = _overlapping(self._driver, shape)
+            _check(self._driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointer), 0), "cuLaunchKernelEx")
+        else:
+            _check(self._driver.cuLaunchKernel(self._function, *shape, ctypes.addressof(pointer), 0), "cuLaunchKernel")
+
+
+def _overlapping(driver: Any, shape: tuple[int, ...]) -> Any:
+    """A launch of programmatic dependence on the kernel before it."""
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX, config.blockDimY, config.blockDimZ = shape[:6]
+    config.sharedMemBytes, config.hStream, config.attrs, config.numAttrs = shape[6], shape[7], [attribute], 1
+    return config
 
 
 class Kernel(Function):

@@ -1,7 +1,8 @@
 """Launcher of the CUDA decode: the contract of ``kernels.decode`` for the formats and shapes of `supported`.
 
-`prepare` compiles at warm-up and says whether this machine can; `decode` then launches one kernel a call, on torch's current
-stream, with a grid that depends on the device alone. Launches on one device share counters and must be ordered.
+`prepare` compiles at warm-up and says whether this machine can; `decode` then launches one kernel a call, under a key basis after
+one that turns queries, on torch's current stream, with a grid that depends on the device alone. Launches on one device share
+counters and must be ordered.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from functools import cache
 
 import torch
 
-from ..basis import KeyBasis
+from ..basis import MAX_BUCKETS, KeyBasis
 from ..format import PageFormat
 from ..tables import check_pages
+from . import turn
 from .driver import Device, Kernel, built, device_facts, device_index
-from .fragments import bucket_arguments, query_fragments
+from .fragments import bucket_arguments
 from .nvrtc import CudaError
-from .variant import Options, Tuning, Variant, padded_buckets, padded_rows, supported
+from .variant import Options, Tuning, Variant, padded_buckets, padded_rows, record_bytes, supported
 
 _BULK_ARCH = 90
 _RESERVED_SHARED = 1024  # bytes of each block that are the system's
@@ -39,7 +41,7 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("cache_block", "cache_head", "table_request")),
         *((name, ctypes.c_int) for name in ("requests", "kv_heads", "group", "max_query_len", "window")),
         *((name, ctypes.c_float) for name in ("score_scale", "out_scale", "soft_cap")),
-        ("basis", ctypes.c_void_p),
+        ("turned", ctypes.c_void_p),
         ("bucket", ctypes.c_uint32),
         ("buckets", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in ("ends", "lse")),
@@ -68,15 +70,21 @@ def _counters(index: int) -> torch.Tensor:
     return torch.zeros(_MAX_GRID, dtype=torch.int32, device=f"cuda:{index}")
 
 
-def scratch_floats(group: int, head_size: int, max_query_len: int, device: torch.device) -> int:
-    """fp32 scratch elements that any `decode` of this shape needs on ``device``; no batch size or length matters.
+def scratch_floats(group: int, head_size: int, max_query_len: int, device: torch.device, rows: int = 0) -> int:
+    """fp32 scratch elements that any `decode` of this shape needs on ``device``; no length matters.
 
-    Raises CudaError where ``device`` is not a CUDA device.
+    rows: query tokens times query heads, of layers whose keys are under a basis. Raises CudaError where ``device`` is not a CUDA
+    device.
     """
-    rows = padded_rows(group, max_query_len)
-    ctas = max(t[2] for t in (_TUNINGS_WIDE if head_size == 256 or rows > 8 else _TUNINGS))
+    return partial_floats(group, head_size, max_query_len, device) + rows * record_bytes(head_size, MAX_BUCKETS) // 4
+
+
+def partial_floats(group: int, head_size: int, max_query_len: int, device: torch.device) -> int:
+    """Those that partial results need; turned queries lie behind."""
+    held = padded_rows(group, max_query_len)
+    ctas = max(t[2] for t in (_TUNINGS_WIDE if head_size == 256 or held > 8 else _TUNINGS))
     multiprocessors = device_facts(device_index(device)).multiprocessors
-    return 2 * multiprocessors * ctas * rows * (head_size + 4)
+    return 2 * multiprocessors * ctas * held * (head_size + 4)
 
 
 def prepare(
@@ -108,9 +116,7 @@ def prepare(
     if not built("decode", lambda: _kernel(index, options)):
         return False
     _counters(index)
-    if basis is not None:
-        query_fragments(basis)
-    return True
+    return basis is None or turn.prepare(index, fmt, dtype, basis)
 
 
 def _options(
@@ -138,6 +144,7 @@ def _arguments(
     query_start_loc: torch.Tensor,
     out: torch.Tensor,
     scratch: torch.Tensor,
+    turned: torch.Tensor | None,
     counters: torch.Tensor,
     fmt: PageFormat,
     scale: float,
@@ -166,10 +173,7 @@ def _arguments(
         assert ends.dtype == torch.int32 and ends.is_contiguous() and ends.shape[0] >= seq_lens.shape[0]
         assert lse.dtype == torch.float32 and lse.is_contiguous() and lse.shape == query.shape[:2]
     rotation = 1 / math.sqrt(d)
-    fragments = None
-    if basis is not None:
-        fragments = query_fragments(basis)
-        assert basis.sink_mean.shape == (kv_heads, d) and fragments.device == cache.device
+    assert basis is None or basis.sink_mean.shape == (kv_heads, d)
     params = _Params(
         query.data_ptr(),
         out.data_ptr(),
@@ -195,7 +199,7 @@ def _arguments(
         scale * (rotation if basis is None else 1.0) * math.log2(math.e),
         rotation,
         (soft_cap or 0.0) * math.log2(math.e),
-        0 if fragments is None else fragments.data_ptr(),
+        0 if turned is None else turned.data_ptr(),
         *bucket_arguments(basis),
         0 if ends is None else ends.data_ptr(),
         0 if lse is None else lse.data_ptr(),
@@ -234,8 +238,14 @@ def decode(
     are shifted alike. ends, lse: as of ``kernels.decode``. Raises CudaError where `prepare` with the same options is False.
     """
     index = cache.device.index
-    batch = query, cache, block_table, seq_lens, query_start_loc, out, scratch, _counters(index)
+    group, stream = query.shape[1] // cache.shape[1], torch.cuda.current_stream(index).cuda_stream
+    rows = 0 if basis is None else query.shape[0] * query.shape[1]
+    assert scratch.numel() >= scratch_floats(group, fmt.head_size, max_query_len, cache.device, rows)
+    turned = None
+    if basis is not None:
+        turned = scratch[partial_floats(group, fmt.head_size, max_query_len, cache.device) :]
+        turn.turn(query, turned, fmt, scale, basis, stream)
+    batch = query, cache, block_table, seq_lens, query_start_loc, out, scratch, turned, _counters(index)
     options, params = _arguments(*batch, fmt, scale, max_query_len, window, soft_cap, sinks, basis, ends, lse)
-    assert scratch.numel() >= scratch_floats(options.group, fmt.head_size, max_query_len, cache.device)
     kernel = _kernel(index, options)
-    kernel.launch(kernel.grid, params, torch.cuda.current_stream(index).cuda_stream)
+    kernel.launch(kernel.grid, params, stream, overlap=basis is not None)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 
-from ..codebook import LEVELS
+import torch
+
+from ..codebook import LEVELS, LEVELS_PER_SIGMA, SCALE_CANDIDATES
 from ..format import UNIT_TOKENS, PageFormat, Plane
 from ..rotation import ROTATION_SEED, sign_stream
+from ..tables import side_tables
 
 PANEL = 128  # dims of K that share an MMA accumulator and a scale
 
@@ -30,6 +33,25 @@ def page_macros(fmt: PageFormat, block_size: int) -> dict[str, str]:
     for i, plane in enumerate(fmt.value_planes):
         values[f"VALUE{i}_BASE"] = plane.offset
     return {name: str(value) for name, value in values.items()}
+
+
+def encode_macros(fmt: PageFormat) -> dict[str, str]:
+    """What turns vectors into bytes: levels and scale candidates in fp32, and each plane's `PlaneLayout` and shifts."""
+    values = {"CANDIDATES": _floats(SCALE_CANDIDATES)}
+    for kind, (codec, planes) in fmt.sides.items():
+        side = kind.upper()
+        values |= {f"{side}_STEPS": _floats(LEVELS[codec.bits]), f"{side}_PER_SIGMA": f"{LEVELS_PER_SIGMA[codec.bits]}f"}
+        for i, (plane, layout) in enumerate(zip(planes, side_tables(fmt, kind, torch.device("cpu")).planes, strict=False)):
+            words, dims, word_bytes, offsets, _, mask0, place0, mask1, place1 = layout
+            names = {"WORDS": words, "DIMS": dims, "BYTES": word_bytes, "OFFSETS": offsets}
+            names |= {"MASK0": mask0, "PLACE0": place0, "MASK1": mask1, "PLACE1": place1}
+            values |= {f"{side}{i}_{name}": str(value) for name, value in names.items()}
+            values[f"{side}{i}_SHIFTS"] = ",".join(str(s) for f in plane.fields for row in f.shifts for s in row)
+    return values
+
+
+def _floats(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value}f" for value in values)
 
 
 def key_strides(plane: Plane) -> dict[str, int]:

@@ -16,7 +16,7 @@ struct Params {
   float out_scale;    // the rotation's 1 / sqrt(D)
   float soft_cap;     // * log2(e)
 #if KEY_BASIS || RECENT
-  const u8 *basis;  // [KV heads][BASIS_BYTES], of `vllm_turboquant.kernels.cuda.fragments.query_fragments`
+  const u8 *turned;  // [tokens][query heads][RECORD_BYTES], of turn.cu
   u32 bucket;  // of `bucket_of`
   int buckets;
 #endif
@@ -29,9 +29,5 @@ struct Params {
 #define COLUMNS (ROWS > 8 ? 16 : 8)  // query rows in MMA columns
 #define TILES (COLUMNS / 8)
 #define MERGE_ROWS (ROWS > 8 ? 8 : ROWS)  // rows merged at once
-#define LANE_DIMS (D / 32)
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
-
-DEVICE int smaller(int a, int b) { return a < b ? a : b; }
-DEVICE int larger(int a, int b) { return a > b ? a : b; }

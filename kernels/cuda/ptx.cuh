@@ -5,6 +5,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+typedef long long i64;
 
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
@@ -92,6 +93,13 @@ DEVICE void mma_bf16(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Operands are fp32, of which 11 bits count.
+DEVICE void mma_tf32(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 DEVICE void load_shared_128(u32 address, u32 *r) {
@@ -152,14 +160,23 @@ DEVICE void load_remote_64(const float *p, float *r) {
   r[0] = x.x, r[1] = x.y;
 }
 // Adds 1 and returns what was there. What this CTA wrote before its last sync_block is visible to a CTA that sees the sum.
-DEVICE void add_shared(float *p, float x) {
-  asm volatile("red.shared.add.f32 [%0],%1;" ::"r"(shared_address(p)), "f"(x) : "memory");
-}
-
 DEVICE int arrive(int *p) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0,[%1],1;" : "=r"(before) : "l"(p) : "memory");
   return before;
+}
+
+// Programmatic dependent launch, sm_90 and later: a kernel lets the next one of its stream start, which waits for the end of the
+// first and for all that it wrote. No effect where the launch did not ask for it.
+DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_launcher() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 DEVICE void barrier_init(u32 barrier) { asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(barrier)); }

@@ -1,38 +1,5 @@
-// The rotation R = H diag(s): queries go in as R q, outputs come back as R^T o. One warp turns one row, LANE_DIMS
-// consecutive dims a lane. Under a key basis queries leave here unrotated, and outputs come back alike.
-
-// Unnormalised fast Walsh-Hadamard transform of the warp's row; the factor 1 / sqrt(D) is in the launch's scales.
-DEVICE void hadamard(float *x, int lane) {
-#pragma unroll
-  for (int step = 1; step < LANE_DIMS; step <<= 1)
-#pragma unroll
-    for (int i = 0; i < LANE_DIMS; i++)
-      if (!(i & step)) {
-        float a = x[i], b = x[i | step];
-        x[i] = a + b;
-        x[i | step] = a - b;
-      }
-#pragma unroll
-  for (int step = 1; step < 32; step <<= 1)
-#pragma unroll
-    for (int i = 0; i < LANE_DIMS; i++) {
-      float other = shuffle_xor(x[i], step);
-      x[i] = lane & step ? other - x[i] : x[i] + other;
-    }
-}
-
-// Bit i: the rotation flips the sign of the lane's dim i.
-DEVICE u32 lane_signs(int lane) {
-  constexpr u32 words[D / 32] = {SIGNS};
-  u32 word = words[0];
-#pragma unroll
-  for (int i = 1; i < D / 32; i++) word = lane * LANE_DIMS / 32 == i ? words[i] : word;
-  return word >> (lane * LANE_DIMS % 32);
-}
-
-DEVICE float flipped(float x, u32 signs, int i) { return bits_to_float(float_to_bits(x) ^ (signs >> i & 1) << 31); }
-
-DEVICE float input_to_float(u16 x) { return INPUT_BF16 ? bits_to_float((u32)x << 16) : f16_low(x); }
+// The rotation R = H diag(s): queries go in as R q, outputs come back as R^T o. Under a key basis queries leave here
+// unrotated, and outputs come back alike.
 
 // The row's R q / 2^e as fp16 to `target` [D] in shared memory; under a key basis q / 2^e, for queries.cuh to turn. Returns
 // the factor that turns its products with levels into log2 scores. 2^e is the power of two above the largest |q|, so neither

@@ -33,16 +33,6 @@ struct Bounds {
   const float *gains;  // [1 + buckets][COLUMNS], of scores of keys relative to the second mean, then by bucket
 };
 
-// Operands of MMA tile `n`: two words a step, in the order in which a lane holds a row of keys.
-DEVICE void load_operands(u32 *operands, const u16 *queries, int n, int g, int t) {
-#pragma unroll
-  for (int panel = 0; panel < PANELS; panel++)
-#pragma unroll
-    for (int o = 0; o < KEY_OCTETS; o++)
-      load_shared_128(shared_address(queries + (n * 8 + g) * D + panel * 128 + t * KEY_RUN + o * 8),
-                      operands + 4 * (panel * KEY_OCTETS + o));
-}
-
 DEVICE void begin_state(State &a, const u16 *queries, const float *factors, int g, int t) {
 #pragma unroll
   for (int n = 0; n < TILES; n++) {

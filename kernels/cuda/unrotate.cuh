@@ -18,7 +18,6 @@
 #define STEPS (D / 16)
 #define SCALES (D == 256 ? 2 : 1)
 #define OCTETS (D / 64)  // runs of 8 dims that a lane has of a token
-#define INVERSE_ROOT (D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f)
 
 template <bool VALUE> DEVICE int slot_dim(int k) {
   constexpr bool wide = VALUE && D == 256, swapped = VALUE && D == 128;

@@ -16,8 +16,10 @@ BLOCK_SIZES = (16, 32, 64)
 MAX_QUERY_LEN = 8
 MAX_GROUP = 16
 # In the order in which they are joined.
-SOURCES = ("ptx", "params", "codes", "rotate", "work", "ring", "merge", "score", "attend", "queries", "decode")
-CONTEXT_SOURCES = ("ptx", "codes", "unrotate", "basis", "context")
+SOURCES = (
+    *("ptx", "common", "params", "codes", "hadamard", "rotate", "work"),
+    *("ring", "merge", "score", "attend", "queries", "decode"),
+)
 
 
 class Program(Protocol):
@@ -53,6 +55,11 @@ def padded_rows(group: int, max_query_len: int) -> int:
 def mean_rows(buckets: int) -> int:
     """Rows that hold a `KeyBasis`'s means, one a bucket: whole MMA tiles of 16. It is compiled for as many buckets, or for 1."""
     return 16 * -(-buckets // 16)
+
+
+def record_bytes(head_size: int, buckets: int) -> int:
+    """Of a query row as turn.cu leaves it."""
+    return 2 * head_size + 16 + 4 * mean_rows(buckets)
 
 
 def padded_buckets(buckets: int) -> int:
@@ -147,50 +154,12 @@ class Variant:
             "KEY_BASIS": int(o.basis > 0),
             "BUCKETED": int(o.basis > 1),
             "MEAN_ROWS": mean_rows(o.basis),
+            "RECORD_BYTES": record_bytes(o.fmt.head_size, o.basis),
             "RECENT": int(o.recent),
             "SHARED_BYTES": self.shared_bytes,
             "VALUE_LEVELS": level_table(o.fmt.preset.value.bits, bfloat if o.bf16 else half),
         }
         return page_macros(o.fmt, o.block_size) | {name: str(value) for name, value in values.items()}
-
-
-@dataclass(frozen=True)
-class ContextVariant:
-    """One compiled context loader. ``bf16``: of the workspaces, fp16 otherwise; ``basis``: keys are under a `KeyBasis`."""
-
-    sources: ClassVar[tuple[str, ...]] = CONTEXT_SOURCES
-    entry: ClassVar[str] = "turboquant_context"
-    warps: ClassVar[int] = 4  # half of them for keys
-
-    fmt: PageFormat
-    block_size: int
-    bf16: bool
-    basis: bool = False
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps
-
-    @property
-    def shared_bytes(self) -> int:
-        return 0
-
-    @property
-    def matrix_parts(self) -> int:
-        """fp16 parts of a basis's matrix: one errs as 11 bits of a key do, far below a bf16 output's rounding."""
-        return 1 if self.bf16 else 2
-
-    def macros(self) -> dict[str, str]:
-        """Every ``-D`` of the sources."""
-        values: dict[str, int | str] = {
-            "WARPS": self.warps,
-            "MIN_CTAS": (4 if self.fmt.head_size == 256 else 5) - self.basis,  # what their registers allow
-            "OUTPUT_BF16": int(self.bf16),
-            "KEY_BASIS": int(self.basis),
-            "MATRIX_PARTS": self.matrix_parts,
-            "VALUE_LEVELS": level_table(self.fmt.preset.value.bits, half),
-        }
-        return page_macros(self.fmt, self.block_size) | {name: str(value) for name, value in values.items()}
 
 
 @cache
@@ -199,6 +168,6 @@ def source(*names: str) -> str:
     folder = Path(__file__).parent
     parts = []
     for part in names:
-        file = folder / f"{part}.{'cu' if part in ('decode', 'context') else 'cuh'}"
+        file = folder / f"{part}.{'cu' if part in ('decode', 'context', 'store', 'turn') else 'cuh'}"
         parts.append(f'#line 1 "{file.name}"\n{file.read_text()}')
     return "\n".join(parts)

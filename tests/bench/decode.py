@@ -57,7 +57,8 @@ def our_call(
         "query_start_loc": torch.arange(shape.batch + 1, device="cuda", dtype=torch.int32),
     }
     out = torch.empty_like(tensors["query"])
-    scratch = torch.empty(launch.scratch_floats(group, shape.head_size, 1, device), device="cuda")
+    rows = 0 if basis is None else shape.batch * shape.heads
+    scratch = torch.empty(launch.scratch_floats(group, shape.head_size, 1, device, rows), device="cuda")
 
     options = {"scratch": scratch, "fmt": fmt, "scale": shape.head_size**-0.5, "max_query_len": 1, "basis": basis}
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_turboquant.kernels.cuda import store
 from vllm_turboquant.kernels.format import DEFAULT_PRESET, page_format
-from vllm_turboquant.kernels.store import store
 
 from .rows import append_row, floor_ms
 from .shapes import calibrated_basis, milliseconds
@@ -50,10 +50,11 @@ def measure(shape: Shape) -> dict[str, object]:
     cache = torch.zeros(blocks, shape.kv_heads, PAGE, fmt.slot_bytes, dtype=torch.uint8, device="cuda")
     slots = torch.randperm(blocks * PAGE, device="cuda")[: shape.tokens]
     positions = torch.arange(shape.tokens, device="cuda")
-    times = [
-        milliseconds(lambda basis=basis: store(key, value, cache, slots, fmt, basis, positions))  # type: ignore[misc]
-        for basis in (None, calibrated_basis(shape.kv_heads, shape.head_size, SERVED))
-    ]
+    times = []
+    for basis in (None, calibrated_basis(shape.kv_heads, shape.head_size, SERVED)):
+        assert store.prepare(cache.device, fmt, PAGE, key.dtype, basis), "the CUDA store is not usable here"
+        arguments = key, value, cache, slots, fmt, basis, positions
+        times.append(milliseconds(lambda arguments=arguments: store.store(*arguments)))  # type: ignore[misc]
     moved = fmt.slot_bytes + 2 * shape.head_size * torch.bfloat16.itemsize
     return {
         "tokens": shape.tokens,

@@ -16,7 +16,8 @@ def prepared(which, batch, dtype, max_query_len, **options):
         if "sinks" in options:
             options["sinks"] = options["sinks"].dtype
         assert launch.prepare(device, batch.fmt, block_size, dtype, heads // kv_heads, max_query_len, **options)
-        decode, floats = launch.decode, launch.scratch_floats(heads // kv_heads, d, max_query_len, device)
+        rows = 0 if options.get("basis") is None else tokens * heads
+        decode, floats = launch.decode, launch.scratch_floats(heads // kv_heads, d, max_query_len, device, rows)
     else:
         floats = plan_decode(batch.seq_lens.shape[0], tokens, heads, kv_heads, d, max_query_len).floats
     return decode, torch.full((floats,), float("nan"), device="cuda")

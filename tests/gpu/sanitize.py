@@ -16,6 +16,7 @@ import torch
 
 from vllm_turboquant.kernels import prefill, store
 from vllm_turboquant.kernels.cuda import context, launch
+from vllm_turboquant.kernels.cuda import store as cuda_store
 from vllm_turboquant.kernels.cuda.variant import supported, supported_pages
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, page_format
 from vllm_turboquant.kernels.recent_attend import attend_recent
@@ -57,6 +58,13 @@ def run_decode(kernel, batch, query_len, options):
     run(batch.query, batch.cache, *tables, torch.empty_like(batch.query), scratch, batch.fmt, 0.1, query_len, **options)
 
 
+def run_store(store, batch, basis):
+    """Five tokens, the last one in the pool's last slot."""
+    slots = torch.arange(5, dtype=torch.int64).cuda() * 7 + batch.cache.shape[0] * 32 - 29
+    rows = [torch.randn(5, 2, batch.fmt.head_size).to(BF16).cuda() for _ in range(2)]
+    store(*rows, batch.cache, slots, batch.fmt, basis)
+
+
 def run_context(load_context, batch, basis):
     first, starts = (torch.tensor(x, dtype=torch.int32).cuda() for x in ([0, 3, 31, 0, 17], [0, 1, 14, 16, 16, 699]))
     sides = [torch.empty(699, 2, batch.fmt.head_size, dtype=BF16, device="cuda") for _ in range(2)]
@@ -83,11 +91,11 @@ def main():
         batch = on_card(make_batch(fmt, LENGTHS, queries, 2, group, 32, 0, basis=basis))
         for kernel in kernels:
             if kernel == "portable":
-                slots = torch.arange(5, dtype=torch.int64).cuda() * 7 + batch.cache.shape[0] * 32 - 29
-                rows = [torch.randn(5, 2, fmt.head_size).to(BF16).cuda() for _ in range(2)]
-                store.store(*rows, batch.cache, slots, fmt, basis)
+                run_store(store.store, batch, basis)
                 run_context(prefill.load_context, batch, basis)
             elif kernel == "cuda" and supported_pages(fmt, 32):
+                assert cuda_store.prepare(batch.cache.device, fmt, 32, BF16, basis)
+                run_store(cuda_store.store, batch, basis)
                 assert context.prepare(batch.cache.device, fmt, 32, BF16, basis)
                 run_context(context.load_context, batch, basis)
             launch._BULK_ARCH = 1000 if kernel == "copies" else BULK_ARCH

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from vllm_turboquant.kernels.cuda import context, launch
-from vllm_turboquant.kernels.cuda.variant import Tuning, Variant, padded_rows, source
+from vllm_turboquant.kernels.cuda import context, launch, turn
+from vllm_turboquant.kernels.cuda import store as cuda_store
+from vllm_turboquant.kernels.cuda.variant import Tuning, Variant, padded_rows, record_bytes, source
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 HERE = Path(__file__).parent
@@ -47,8 +48,13 @@ def decode(
     out = torch.full((tokens + 2, heads, d), 7.0, dtype=query.dtype)
     scratch = torch.full((2 * grid * rows * (d + 4),), float("nan"))
     counters = torch.zeros(grid, dtype=torch.int32)
+    turned = None
+    if basis is not None:
+        turned = torch.full((tokens * heads * record_bytes(d, basis.buckets) // 4,), float("nan"))
+        turning, params, ctas = turn._arguments(query, turned, batch.fmt, scale, basis)
+        compiled(turning)(ctypes.byref(params), ctas)
     options, params = launch._arguments(
-        query, batch.cache, batch.block_table, batch.seq_lens, batch.query_start_loc, out[:tokens], scratch, counters,
+        query, batch.cache, batch.block_table, batch.seq_lens, batch.query_start_loc, out[:tokens], scratch, turned, counters,
         batch.fmt, scale, max_query_len, window, soft_cap, sinks, basis, ends, lse,
     )  # fmt: skip
     compiled(Variant(options, tuning))(ctypes.byref(params), grid)
@@ -60,4 +66,10 @@ def decode(
 def load_context(cache, block_table, first, start_loc, longest, key, value, fmt, basis=None):
     """What `context.load_context` computes, on CPU tensors."""
     variant, params, grid = context._arguments(cache, block_table, first, start_loc, longest, key, value, fmt, basis)
+    compiled(variant)(ctypes.byref(params), grid)
+
+
+def store(key, value, cache, slots, fmt, basis=None, positions=None):
+    """What `cuda.store.store` computes, on CPU tensors."""
+    variant, params, grid = cuda_store._arguments(key, value, cache, slots, fmt, basis, positions)
     compiled(variant)(ctypes.byref(params), grid)

@@ -7,16 +7,11 @@ import pytest
 import torch
 
 from vllm_turboquant.kernels.codebook import LEVELS
-from vllm_turboquant.kernels.cuda import context, driver, launch, nvrtc
+from vllm_turboquant.kernels.cuda import context, driver, launch, nvrtc, store, turn
 from vllm_turboquant.kernels.cuda.driver import Device
 from vllm_turboquant.kernels.cuda.macros import bfloat, half, key_strides, sign_words
-from vllm_turboquant.kernels.cuda.variant import (
-    BITS,
-    HEAD_SIZES,
-    ContextVariant,
-    Options,
-    supported,
-)
+from vllm_turboquant.kernels.cuda.programs import ContextVariant, StoreVariant, TurnVariant
+from vllm_turboquant.kernels.cuda.variant import BITS, HEAD_SIZES, Options, supported
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, UNIT_TOKENS, page_format
 from vllm_turboquant.kernels.rotation import hadamard, rotation
 
@@ -88,6 +83,32 @@ def test_the_context_loader_compiles_without_spills(arch, preset, head_size, bf1
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log, log
 
 
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("buckets", (1, 64))
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_the_turn_of_queries_compiles_without_spills(head_size, buckets, arch):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    variant = TurnVariant(page_format("turboquant", head_size), True, buckets)
+    cubin, log = nvrtc.compile_cubin(variant, arch, ("--ptxas-options=-v",))
+    assert cubin.startswith(b"\x7fELF")
+    assert "0 bytes spill stores, 0 bytes spill loads" in log, log
+
+
+STORE_FAMILIES = [
+    *((90, preset, head_size, basis) for preset in COVERED for head_size in HEAD_SIZES for basis in (False, True)),
+    *((arch, "turboquant-k4v3", head_size, True) for arch in (80, 89, 100, 120) for head_size in HEAD_SIZES),
+]
+
+
+@pytest.mark.parametrize(("arch", "preset", "head_size", "basis"), STORE_FAMILIES)
+def test_the_store_compiles_without_spills(arch, preset, head_size, basis):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    variant = StoreVariant(page_format(preset, head_size), 32, arch != 80, basis)
+    cubin, log = nvrtc.compile_cubin(variant, arch, ("--ptxas-options=-v",))
+    assert cubin.startswith(b"\x7fELF")
+    assert "0 bytes spill stores, 0 bytes spill loads" in log, log
+
+
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("preset", COVERED)
 def test_strides_are_the_formats(preset, head_size):
@@ -147,7 +168,13 @@ def test_supported():
 
 
 @pytest.mark.parametrize(
-    ("file", "mirror", "size"), (("params", launch._Params, 19 * 8 + 10 * 4), ("context", context._Params, 13 * 8 + 4 * 4))
+    ("file", "mirror", "size"),
+    (
+        ("params", launch._Params, 19 * 8 + 10 * 4),
+        ("context", context._Params, 13 * 8 + 4 * 4),
+        ("store", store._Params, 20 * 8 + 4 * 4),
+        ("turn", turn._Params, 5 * 8 + 4 * 4),
+    ),
 )
 def test_parameters_mirror_the_struct(file, mirror, size):
     assert ctypes.sizeof(mirror) == size
@@ -202,4 +229,20 @@ def test_so_does_the_context_loader(monkeypatch, caplog):
     assert not context.prepare(card, page_format("turboquant-k8v4", 128), 16, torch.bfloat16)
     assert [record.message for record in caplog.records] == [
         "The CUDA context loader is not used, the slower portable one is: NVRTC is not usable: gone"
+    ]
+
+
+def test_so_does_the_store(monkeypatch, caplog):
+    def missing(*_):
+        raise nvrtc.CudaError("NVRTC is not usable: gone")
+
+    driver._warn.cache_clear()
+    monkeypatch.setattr(store, "_function", missing)
+    card, fmt = torch.device("cuda", 0), page_format("turboquant", 128)
+    assert not store.prepare(card, fmt, 16, torch.bfloat16) and not store.prepare(card, fmt, 16, torch.bfloat16)
+    # Not covered, so nothing to warn of.
+    assert not store.prepare(card, fmt, 16, torch.float32)
+    assert not store.prepare(card, page_format("turboquant-k8v4", 128), 16, torch.bfloat16)
+    assert [record.message for record in caplog.records] == [
+        "The CUDA store is not used, the slower portable one is: NVRTC is not usable: gone"
     ]
