@@ -12,7 +12,6 @@ DEVICE void raise_peaks(State &a, const float (*score)[TILES][4], const float (*
       top[n][e] = fmaxf(fmaxf(score[0][n][e], score[0][n][e + 2]), fmaxf(score[1][n][e], score[1][n][e + 2]));
       need |= top[n][e] > a.peak[n][e];
     }
-#if WEIGHTS_F16
   float value_top = 0;
 #pragma unroll
   for (int u = 0; u < 2; u++)
@@ -20,10 +19,8 @@ DEVICE void raise_peaks(State &a, const float (*score)[TILES][4], const float (*
     for (int panel = 0; panel < PANELS; panel++)
       value_top = fmaxf(value_top, fmaxf(value_scale[u][panel][0], value_scale[u][panel][1]));
   need |= value_top > a.value_top;
-#endif
   if (!any_lane(need)) return;
   float shrink = 1;
-#if WEIGHTS_F16
 #pragma unroll
   for (int step = 4; step < 32; step <<= 1) value_top = fmaxf(value_top, shuffle_xor(value_top, step));
   if (value_top > a.value_top) {
@@ -31,7 +28,6 @@ DEVICE void raise_peaks(State &a, const float (*score)[TILES][4], const float (*
     shrink = a.value_top / power;
     a.value_top = power;
   }
-#endif
 #pragma unroll
   for (int n = 0; n < TILES; n++)
 #pragma unroll
@@ -57,12 +53,8 @@ template <bool SELECT>
 DEVICE void weigh(State &a, const float (*score)[TILES][4], const float (*value_scale)[PANELS][2], u32 hidden,
                   u32 (*weights)[TILES][PANELS][2]) {
   float scale[2][PANELS][2];
-#if WEIGHTS_F16
   // Of a power of two, times 2^12: weights and relative scales are at most 1, and far smaller ones should stay normal.
   const float inverse = bits_to_float(0x7F000000u + (12u << 23) - float_to_bits(a.value_top));
-#else
-  const float inverse = 1;
-#endif
 #pragma unroll
   for (int u = 0; u < 2; u++)
 #pragma unroll
@@ -88,7 +80,7 @@ DEVICE void weigh(State &a, const float (*score)[TILES][4], const float (*value_
             y[e] = x[half * 2 + e] * scale[u][panel][half];
             if (SELECT && hidden >> ((u * TILES + n) * 4 + half * 2 + e) & 1) y[e] = 0;
           }
-          weights[u][n][panel][half] = transpose_tile(pack_weights(y[0], y[1]));
+          weights[u][n][panel][half] = transpose_tile(pack_f16(y[0], y[1]));
         }
     }
 }
@@ -109,8 +101,8 @@ DEVICE void add_values(State &a, const Levels &table, u32 slot, int lane, const 
       for (int k = 0; k < 2; k++)
 #pragma unroll
         for (int n = 0; n < TILES; n++)
-          mma_values(a.sum[n][2 * part + k], x[2 * k], x[2 * k + 1], y[2 * k], y[2 * k + 1], weights[u][n][0][0],
-                     weights[u][n][0][1]);
+          mma_f16(a.sum[n][2 * part + k], x[2 * k], x[2 * k + 1], y[2 * k], y[2 * k + 1], weights[u][n][0][0],
+                  weights[u][n][0][1]);
     }
   }
 }
@@ -140,8 +132,8 @@ DEVICE void add_values(State &a, const Levels &table, u32 slot, int lane, const 
 #pragma unroll
         for (int u = 0; u < 2; u++) {
           const u32(*w)[2] = weights[u][n];
-          mma_values(sum, x[u][2 * k], x[u][2 * k + 1], y[u][2 * k], y[u][2 * k + 1], w[0][0], w[0][1]);
-          mma_values(other, x[u][2 * k], x[u][2 * k + 1], y[u][2 * k], y[u][2 * k + 1], w[1][0], w[1][1]);
+          mma_f16(sum, x[u][2 * k], x[u][2 * k + 1], y[u][2 * k], y[u][2 * k + 1], w[0][0], w[0][1]);
+          mma_f16(other, x[u][2 * k], x[u][2 * k + 1], y[u][2 * k], y[u][2 * k + 1], w[1][0], w[1][1]);
         }
 #pragma unroll
         for (int e = 0; e < 4; e++) sum[e] = lane < 16 ? sum[e] : other[e];
@@ -193,11 +185,7 @@ DEVICE void leave_part(State &a, const Parts &parts, int n, int warp, int g, int
     for (int step = 4; step < 32; step <<= 1) weight += shuffle_xor(weight, step);
     const int column = 2 * t + e, part = warp * MERGE_ROWS + column;
     if (column < MERGE_ROWS) {
-#if WEIGHTS_F16
       const float top = a.value_top * 0x1p-12f;
-#else
-      const float top = 1;
-#endif
       float *out = parts.sums + part * D + g * (D / 8);
 #pragma unroll
       for (int o = 0; o < VALUE_OCTETS; o++)

@@ -1,31 +1,39 @@
-// Codes to 16-bit levels, in registers. K levels are fp16, V levels are of the type that weights have.
+// Codes to fp16 levels, in registers.
 //
 // A byte permute looks up four levels at once: nibbles of the selector pick bytes of an 8-entry table. Levels have two
-// bytes, so there are two tables; `pairs` interleaves the looked-up bytes. Signs of 4-bit codes are merged into the high
-// bytes, where kernels/format.py has put their bits; 2- and 3-bit codes index signed levels directly.
+// bytes, so there are two tables, and two more permutes interleave what they gave; where an instruction widens e4m3, in which
+// all levels are exact, one table does. Signs of 4-bit codes are merged into the high bytes, where kernels/format.py has put
+// their bits; 2- and 3-bit codes index signed levels directly.
 
 struct Levels {
   u32 high0, high1, low0, low1;
+  u32 e4m3_0, e4m3_1;
 };
 
-// Halves (dim 0, dim 1) and (dim 2, dim 3) from four high and four low bytes.
-DEVICE void pairs(u32 high, u32 low, u32 *out) {
+// Four codes to halves (dim 0, dim 1) and (dim 2, dim 3). `signs`: at bits 7, 15, 23, 31, none of other bits counts.
+template <bool SIGNED> DEVICE void four_levels(u32 codes, u32 signs, const Levels &table, u32 *out) {
+#if WIDENS_E4M3
+  u32 bytes = prmt(table.e4m3_0, table.e4m3_1, codes);
+  widen_e4m3(SIGNED ? and_or(signs, 0x80808080u, bytes) : bytes, out);
+#else
+  u32 high = prmt(table.high0, table.high1, codes), low = prmt(table.low0, table.low1, codes);
+  if (SIGNED) high = and_or(signs, 0x80808080u, high);
   out[0] = prmt(low, high, 0x5140);
   out[1] = prmt(low, high, 0x7362);
+#endif
 }
 
-// Eight codes, one a nibble, to four pairs of levels; `signs_high` holds the signs of codes 4..7 at bits 7, 15, 23, 31.
+// Eight codes, one a nibble, to four pairs of levels; `signs_high` holds the signs of codes 4..7.
 DEVICE void signed_levels(u32 word, u32 signs_high, const Levels &table, u32 *out) {
-  u32 low = word & 0x77777777u, high = low >> 16;
-  pairs(and_or(word, 0x80808080u, prmt(table.high0, table.high1, low)), prmt(table.low0, table.low1, low), out);
-  pairs(and_or(signs_high, 0x80808080u, prmt(table.high0, table.high1, high)), prmt(table.low0, table.low1, high), out + 2);
+  u32 magnitudes = word & 0x77777777u;
+  four_levels<true>(magnitudes, word, table, out);
+  four_levels<true>(magnitudes >> 16, signs_high, table, out + 2);
 }
 
 // Eight whole codes below 8, one a nibble.
 DEVICE void whole_levels(u32 word, const Levels &table, u32 *out) {
-  u32 high = word >> 16;
-  pairs(prmt(table.high0, table.high1, word), prmt(table.low0, table.low1, word), out);
-  pairs(prmt(table.high0, table.high1, high), prmt(table.low0, table.low1, high), out + 2);
+  four_levels<false>(word, 0, table, out);
+  four_levels<false>(word >> 16, 0, table, out + 2);
 }
 
 DEVICE u32 shifted(u32 x, int by) { return by >= 0 ? x << by : x >> -by; }

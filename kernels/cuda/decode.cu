@@ -35,7 +35,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
   u64 *barriers = (u64 *)(gains + GAINS);
   int *last = (int *)(barriers + WARPS * STAGES);
   const Levels keys = {KEY_LEVELS}, values = {VALUE_LEVELS};
-  const u32 signs = lane_signs(lane);
 
   Ring ring;
   ring.slots = shared_address(shared) + warp * STAGES * SLOT_BYTES;
@@ -65,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
   u32 slot = 0, phase = 0;
   while (true) {
     const Segment s = next;
-    load_queries(p, s, queries, factors, limits, gains, signs, warp, lane);
+    load_queries(p, s, queries, factors, limits, gains, warp, lane);
     State state;
     begin_state(state, queries, factors, g, t);
     const int first_token = (s.request.first + s.begin) * 16;
@@ -107,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
       if (n) sync_block();
       leave_part(state, parts, n, warp, g, t);
       sync_block();
-      merge_warps(p, s, parts, n * 8, partial, signs, warp, lane);
+      merge_warps(p, s, parts, n * 8, partial, warp, lane);
     }
     if (!whole) {
       const u32 begin = heads * s.before + s.head * s.request.units;
@@ -126,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
         for (int n = 0; n < TILES; n++) {
           fold_partials(partials, parts, n * 8, warp, lane);
           sync_block();
-          merge_warps(p, s, parts, n * 8, nullptr, signs, warp, lane);
+          merge_warps(p, s, parts, n * 8, nullptr, warp, lane);
           sync_block();
         }
       }

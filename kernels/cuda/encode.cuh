@@ -21,14 +21,20 @@ PLANE(KEY0)
 PLANE(VALUE0)
 #if KEY_BITS == 3
 PLANE(KEY1)
+#else
+typedef KEY0 KEY1;
 #endif
 #if VALUE_BITS == 3
 PLANE(VALUE1)
+#else
+typedef VALUE0 VALUE1;
 #endif
 
 template <bool VALUE> struct Codebook;
 template <> struct Codebook<false> {
-  static constexpr int COUNT = 1 << (KEY_BITS - 1);
+  static constexpr int COUNT = 1 << (KEY_BITS - 1), PLANES = KEY_BITS == 3 ? 2 : 1;
+  typedef KEY0 First;
+  typedef KEY1 Second;
   DEVICE_MEMBER static float level(int i) {
     constexpr float levels[] = {KEY_STEPS};
     return levels[i];
@@ -36,7 +42,9 @@ template <> struct Codebook<false> {
   DEVICE_MEMBER static float per_sigma() { return KEY_PER_SIGMA; }
 };
 template <> struct Codebook<true> {
-  static constexpr int COUNT = 1 << (VALUE_BITS - 1);
+  static constexpr int COUNT = 1 << (VALUE_BITS - 1), PLANES = VALUE_BITS == 3 ? 2 : 1;
+  typedef VALUE0 First;
+  typedef VALUE1 Second;
   DEVICE_MEMBER static float level(int i) {
     constexpr float levels[] = {VALUE_STEPS};
     return levels[i];
@@ -117,8 +125,13 @@ template <bool VALUE> DEVICE float search(const float *a, float &dot_of_best, in
   return factor;
 }
 
+// Where the lane's word of a plane goes in the unit.
+template <class Plane> DEVICE int word_offset(const int *offsets, int place, int lane) {
+  return lane < Plane::WORDS ? offsets[Plane::OFFSETS + place * Plane::WORDS + lane] : 0;
+}
+
 // The token's words of a plane. `codes` [D] bytes, in shared memory, of the warp.
-template <class Plane> DEVICE void store_words(const u8 *codes, u8 *unit, int place, const int *offsets, int lane) {
+template <class Plane> DEVICE void store_words(const u8 *codes, u8 *unit, int place, int offset, int lane) {
   if (lane >= Plane::WORDS) return;
   const bool odd = place & 1;
   u32 word = 0;
@@ -128,7 +141,7 @@ template <class Plane> DEVICE void store_words(const u8 *codes, u8 *unit, int pl
     word |= (code >> Plane::PLACE0 & Plane::MASK0) << Plane::shift(0, odd, n);
     if (Plane::MASK1) word |= (code >> Plane::PLACE1 & Plane::MASK1) << Plane::shift(Plane::MASK1 ? 1 : 0, odd, n);
   }
-  u8 *target = unit + offsets[Plane::OFFSETS + place * Plane::WORDS + lane];
+  u8 *target = unit + offset;
   if (Plane::BYTES == 4) *(u32 *)target = word;
   if (Plane::BYTES == 2) *(u16 *)target = (u16)word;
   if (Plane::BYTES == 1) *target = (u8)word;
@@ -139,6 +152,11 @@ template <class Plane> DEVICE void store_words(const u8 *codes, u8 *unit, int pl
 template <bool VALUE>
 DEVICE void encode_row(float *y, bool near, u8 *unit, int place, const int *offsets, const int *scalars, u8 *codes, int lane) {
   typedef Codebook<VALUE> Book;
+  typedef typename Book::First First;
+  typedef typename Book::Second Second;
+  // Looked up first, for they are far away.
+  const int first = word_offset<First>(offsets, place, lane), second = Book::PLANES > 1 ? word_offset<Second>(offsets, place, lane) : 0;
+  const int scalar = scalars[place * (D / GROUP) + lane / GROUP_LANES];
   bool finite = true;
   float top = 0, a[LANE_DIMS], energy = 0;
 #pragma unroll
@@ -175,17 +193,8 @@ DEVICE void encode_row(float *y, bool near, u8 *unit, int place, const int *offs
     codes[lane * LANE_DIMS + i] = (u8)(nearest<VALUE>(a[i], factor, level) | (y[i] < 0 ? Book::COUNT : 0));
   }
   if ((lane & (GROUP_LANES - 1)) == 0)
-    *(u16 *)(unit + scalars[place * (D / GROUP) + lane / GROUP_LANES]) = (u16)pack_f16(stored, 0);
+    *(u16 *)(unit + scalar) = (u16)pack_f16(stored, 0);
   sync_warp();
-  if (VALUE) {
-    store_words<VALUE0>(codes, unit, place, offsets, lane);
-#if VALUE_BITS == 3
-    store_words<VALUE1>(codes, unit, place, offsets, lane);
-#endif
-  } else {
-    store_words<KEY0>(codes, unit, place, offsets, lane);
-#if KEY_BITS == 3
-    store_words<KEY1>(codes, unit, place, offsets, lane);
-#endif
-  }
+  store_words<First>(codes, unit, place, first, lane);
+  if (Book::PLANES > 1) store_words<Second>(codes, unit, place, second, lane);
 }

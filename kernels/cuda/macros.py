@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -16,7 +16,7 @@ PANEL = 128  # dims of K that share an MMA accumulator and a scale
 
 
 def page_macros(fmt: PageFormat, block_size: int) -> dict[str, str]:
-    """The layout of pages, the rotation's signs and the levels of keys, which every kernel is compiled for."""
+    """The layout of pages, the rotation's signs and the levels, which every kernel is compiled for."""
     values: dict[str, int | str] = {
         "D": fmt.head_size,
         "KEY_BITS": fmt.preset.key.bits,
@@ -26,7 +26,8 @@ def page_macros(fmt: PageFormat, block_size: int) -> dict[str, str]:
         "SCALE_BASE": fmt.scalar_base,
         "SCALE_GROUP_BYTES": fmt.scalar_offset(0, 1, 0) - fmt.scalar_offset(0, 0, 0),
         "SIGNS": ",".join(sign_words(fmt.head_size)),
-        "KEY_LEVELS": level_table(fmt.preset.key.bits, half),
+        "KEY_LEVELS": level_table(fmt.preset.key.bits),
+        "VALUE_LEVELS": level_table(fmt.preset.value.bits),
     }
     for i, plane in enumerate(fmt.key_planes):
         values |= {f"KEY{i}_{name}": offset for name, offset in key_strides(plane).items()}
@@ -66,26 +67,29 @@ def half(level: float) -> int:
     return int.from_bytes(struct.pack("<e", level), "little")
 
 
-def bfloat(level: float) -> int:
-    """The bits of ``level``, which has few digits, in bf16."""
-    bits = int.from_bytes(struct.pack("<f", level), "little")
-    assert bits & 0xFFFF == 0, f"level {level} is not a bf16 number"
-    return bits >> 16
+def e4m3(level: float) -> int:
+    """The bits of ``level`` in e4m3, where it is exact: those of fp16 with one bit less of exponent, whose bias is 8 less."""
+    bits = half(level / 2**8)
+    assert bits & 0x407F == 0, f"level {level} is not an e4m3 number"
+    return (bits >> 8 & 0x80) | (bits >> 7 & 0x7F)
 
 
-def level_table(bits: int, encode: Callable[[float], int]) -> str:
-    """The four words of ``struct Levels``: high bytes of codes 0..3 and 4..7, then their low bytes.
+def level_table(bits: int) -> str:
+    """The six words of ``struct Levels``: high bytes of codes 0..3 and 4..7, then their low bytes, then both codes' e4m3 bytes.
 
     4-bit codes look up magnitudes and merge their sign; codes of 2 and 3 bits look up signed levels.
     """
     levels = LEVELS[bits] if bits == 4 else (*LEVELS[bits], *(-level for level in LEVELS[bits]))
-    words = [encode(level) for level in levels]
+    words = [half(level) for level in levels]
     words += [0] * (8 - len(words))
 
     def word(part: list[int], shift: int) -> str:
         return f"0x{sum((x >> shift & 0xFF) << (8 * i) for i, x in enumerate(part)):08x}u"
 
-    return ",".join([word(words[:4], 8), word(words[4:], 8), word(words[:4], 0), word(words[4:], 0)])
+    bytes_ = [e4m3(level) for level in levels]
+    bytes_ += [0] * (8 - len(bytes_))
+    halves = ((words[:4], 8), (words[4:], 8), (words[:4], 0), (words[4:], 0), (bytes_[:4], 0), (bytes_[4:], 0))
+    return ",".join(word(*half) for half in halves)
 
 
 def sign_words(head_size: int) -> Iterator[str]:

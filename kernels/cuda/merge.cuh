@@ -40,7 +40,7 @@ DEVICE void leave_lse(const Params &p, int token, int head, float top, float wei
 #endif
 
 // Normalises, rotates back and writes one row.
-DEVICE void finish_row(const Params &p, const Row &row, float *sum, float peak, float weight, u32 signs, int lane) {
+DEVICE void finish_row(const Params &p, const Row &row, float *sum, float peak, float weight, int lane) {
   if (!row.live) return;
   float scale = 1, top = peak;
   if (SINK_BITS) {
@@ -54,12 +54,11 @@ DEVICE void finish_row(const Params &p, const Row &row, float *sum, float peak, 
 #endif
   // A row that sees no token is 0. NaN is not 0.
   scale = weight == 0 ? 0 : scale * p.out_scale / weight;
-  rotate_back(sum, p.out + row.token * p.out_token + row.head * p.out_head, signs, scale, lane);
+  rotate_back(sum, p.out + row.token * p.out_token + row.head * p.out_head, scale, lane);
 }
 
 // Merges the warps' parts of MERGE_ROWS columns from `first` on. `partial` null: into rows; else into this CTA's partial.
-DEVICE void merge_warps(const Params &p, const Segment &s, const Parts &parts, int first, float *partial, u32 signs, int warp,
-                        int lane) {
+DEVICE void merge_warps(const Params &p, const Segment &s, const Parts &parts, int first, float *partial, int warp, int lane) {
   for (int hd = warp; hd < MERGE_ROWS; hd += WARPS) {
     float peak = NO_MAXIMUM, weight = 0, sum[LANE_DIMS];
 #pragma unroll
@@ -76,7 +75,7 @@ DEVICE void merge_warps(const Params &p, const Segment &s, const Parts &parts, i
     }
     int column = first + hd;
     if (!partial) {
-      finish_row(p, row_of(p, s.request, s.head, column), sum, peak, weight, signs, lane);
+      finish_row(p, row_of(p, s.request, s.head, column), sum, peak, weight, lane);
     } else {
 #pragma unroll
       for (int i = 0; i < LANE_DIMS; i++) partial[column * D + lane * LANE_DIMS + i] = sum[i];

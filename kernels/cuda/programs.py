@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..format import UNIT_TOKENS, PageFormat
-from .macros import encode_macros, half, level_table, page_macros
+from .macros import encode_macros, page_macros
 from .variant import mean_rows, record_bytes
 
 
@@ -77,7 +77,6 @@ class ContextVariant:
             "OUTPUT_BF16": int(self.bf16),
             "KEY_BASIS": int(self.basis),
             "MATRIX_PARTS": self.matrix_parts,
-            "VALUE_LEVELS": level_table(self.fmt.preset.value.bits, half),
         }
         return page_macros(self.fmt, self.block_size) | {name: str(value) for name, value in values.items()}
 

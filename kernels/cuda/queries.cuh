@@ -1,8 +1,8 @@
 // A segment's queries, as stored keys are read by them, to shared memory.
 
 // The columns' queries, their factors and causal limits; under a key basis as turn.cu left them, with what scores gain by means.
-DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float *factors, int *limits, float *gains, u32 signs,
-                         int warp, int lane) {
+DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float *factors, int *limits, float *gains, int warp,
+                         int lane) {
   for (int column = warp; column < COLUMNS; column += WARPS) {
     Row row = row_of(p, s.request, s.head, column);
     u16 *target = queries + column * D;
@@ -27,7 +27,7 @@ DEVICE void load_queries(const Params &p, const Segment &s, u16 *queries, float 
     if (lane == 0) gains[COLUMNS + column] = 0;  // the first bucket's
 #else
     if (row.live) {
-      factor = scale_query(p.query + row.token * p.query_token + row.head * p.query_head, target, signs, p.score_scale, lane);
+      factor = scale_query(p.query + row.token * p.query_token + row.head * p.query_head, target, p.score_scale, lane);
     } else {
 #pragma unroll
       for (int i = 0; i < LANE_DIMS; i += 2) *(u32 *)(target + lane * LANE_DIMS + i) = 0;

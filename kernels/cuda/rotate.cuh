@@ -5,7 +5,8 @@
 // the factor that turns its products with levels into log2 scores. 2^e is the power of two above the largest |q|, so neither
 // huge nor tiny queries leave fp16's range. Bounds on the factor keep products with any fp16 scale finite; beyond them a
 // softmax is one-hot or flat to fp32's precision.
-DEVICE float scale_query(const u16 *row, u16 *target, u32 signs, float score_scale, int lane) {
+DEVICE float scale_query(const u16 *row, u16 *target, float score_scale, int lane) {
+  const u32 signs = lane_signs(lane);
   float x[LANE_DIMS], peak = 0;
 #pragma unroll
   for (int i = 0; i < LANE_DIMS; i++) {
@@ -27,7 +28,8 @@ DEVICE float scale_query(const u16 *row, u16 *target, u32 signs, float score_sca
 }
 
 // out = R^T x * scale, rounded to the output's type.
-DEVICE void rotate_back(float *x, u16 *row, u32 signs, float scale, int lane) {
+DEVICE void rotate_back(float *x, u16 *row, float scale, int lane) {
+  const u32 signs = lane_signs(lane);
   hadamard(x, lane);
 #pragma unroll
   for (int i = 0; i < LANE_DIMS; i++) x[i] = flipped(x[i] * scale, signs, i);

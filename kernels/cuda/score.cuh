@@ -1,26 +1,13 @@
 // One warp's scores over units of 16 tokens, and what hides them.
 
-#if INPUT_BF16
-// bf16 weights span fp32's range, so any fp16 scale fits into them.
-#define WEIGHTS_F16 0
-#define pack_weights pack_bf16
-#define mma_values mma_bf16
-#else
-// fp16 keeps three more bits; value scales are taken relative to a power of two that no scale so far exceeds.
-#define WEIGHTS_F16 1
-#define pack_weights pack_f16
-#define mma_values mma_f16
-#endif
-
 #define HIDDEN -1e38f  // below any score: the weight becomes exactly 0
 
 struct State {
   u32 query[TILES][D / 8];  // MMA operands
   float factor[TILES][2];   // of this lane's columns
   float sum[TILES][D / 16][4], peak[TILES][2], weight[TILES][2];
-#if WEIGHTS_F16
-  float value_top;  // the power of two that `sum` and value scales are relative to
-#endif
+  // Weights are fp16. Value scales are taken relative to a power of two that no scale so far exceeds, and so is `sum`.
+  float value_top;
 };
 
 // What bounds a tile's visible tokens.
@@ -48,9 +35,7 @@ DEVICE void begin_state(State &a, const u16 *queries, const float *factors, int 
 #pragma unroll
       for (int e = 0; e < 4; e++) a.sum[n][j][e] = 0;
   }
-#if WEIGHTS_F16
   a.value_top = 0x1p-24f;
-#endif
 }
 
 DEVICE float cap_score(float score, float cap) {

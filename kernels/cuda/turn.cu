@@ -18,7 +18,7 @@ struct Params {
 #define TILES (COLUMNS / 8)
 #define MATRIX_TILES (D / 16)
 #define MEAN_TILES (MEAN_ROWS / 16)
-#define ROW_MMAS (D == 64 ? 4 : 8)  // whose operands are loaded at once
+#define ROW_MMAS (D == 256 ? 8 : 4)  // whose operands are loaded at once
 #define BASIS_BYTES (2 * D * D + 16 + 4 * MEAN_ROWS * D)
 
 static_assert(SHARED_BYTES == COLUMNS * (2 * D + 4), "the launcher reserves what the kernel uses");
@@ -50,7 +50,7 @@ DEVICE void multiply_rows(const u8 *tile, u32 (*rows)[4], const u32 (*operands)[
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) turboquant_turn(const Params p) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, D == 256 ? 1 : 2) turboquant_turn(const Params p) {
   extern __shared__ __align__(128) u8 shared[];
   launch_dependents();
   u16 *queries = (u16 *)shared;
@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) turboquant_turn(const P
     float factor = 0;
     if (row < p.rows) {
       const int query_head = head * p.group + row - token * p.group;
-      factor = scale_query(p.query + token * p.query_token + query_head * p.query_head, target, 0, score_scale, lane);
+      factor = scale_query(p.query + token * p.query_token + query_head * p.query_head, target, score_scale, lane);
     } else {
 #pragma unroll
       for (int i = 0; i < LANE_DIMS; i += 2) *(u32 *)(target + lane * LANE_DIMS + i) = 0;

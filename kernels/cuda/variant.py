@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from ..format import PageFormat
-from .macros import PANEL, bfloat, half, level_table, page_macros
+from .macros import PANEL, page_macros
 
 HEAD_SIZES = (64, 128, 256)
 BITS = ((4, 4), (4, 3), (3, 3), (2, 2))
@@ -157,7 +157,6 @@ class Variant:
             "RECORD_BYTES": record_bytes(o.fmt.head_size, o.basis),
             "RECENT": int(o.recent),
             "SHARED_BYTES": self.shared_bytes,
-            "VALUE_LEVELS": level_table(o.fmt.preset.value.bits, bfloat if o.bf16 else half),
         }
         return page_macros(o.fmt, o.block_size) | {name: str(value) for name, value in values.items()}
 

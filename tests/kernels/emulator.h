@@ -98,6 +98,14 @@ DEVICE u32 prmt(u32 a, u32 b, u32 selector) {
   }
   return r;
 }
+#define WIDENS_E4M3 BULK
+DEVICE float e4m3_to_float(u32 x) {
+  float magnitude = x & 0x78 ? ldexpf(8 + (x & 7), (int)(x >> 3 & 15) - 10) : ldexpf(x & 7, -9);
+  return x & 0x80 ? -magnitude : magnitude;
+}
+DEVICE void widen_e4m3(u32 x, u32 *out) {
+  for (int i = 0; i < 2; i++) out[i] = pack_f16(e4m3_to_float(x >> 16 * i & 0xFF), e4m3_to_float(x >> (16 * i + 8) & 0xFF));
+}
 DEVICE u32 select_bits(u32 a, u32 b, u32 mask) { return (a & mask) | (b & ~mask); }
 DEVICE u32 and_or(u32 a, u32 mask, u32 b) { return (a & mask) | b; }
 DEVICE u32 rotate_left(u32 x, u32 n) { return x << n | x >> (32 - n); }
@@ -132,7 +140,8 @@ DEVICE u32 transpose_tile(u32 x) {
   return (low >> (g & 1) * 16 & 0xFFFF) | (high >> (g & 1) * 16 & 0xFFFF) << 16;
 }
 
-template <bool BF16> static void mma(float *c, const u32 *operands) {
+DEVICE void mma_f16(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  const u32 operands[6] = {a0, a1, a2, a3, b0, b1};
   const u32(*all)[6] = machine::exchange(operands, 6);
   int g = lane_id() >> 2, t = lane_id() & 3;
   for (int e = 0; e < 4; e++) {
@@ -141,20 +150,11 @@ template <bool BF16> static void mma(float *c, const u32 *operands) {
       int pair = k % 8 / 2, shift = k % 2 * 16;
       u32 a = all[4 * g + pair][e / 2 + 2 * (k / 8)] >> shift & 0xFFFF;
       u32 b = all[4 * (2 * t + e % 2) + pair][4 + k / 8] >> shift & 0xFFFF;
-      sum += BF16 ? (double)bits_to_float(a << 16) * bits_to_float(b << 16) : (double)f16_low(a) * f16_low(b);
+      sum += (double)f16_low(a) * f16_low(b);
     }
     c[e] = (float)sum;
   }
 }
-DEVICE void mma_f16(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  const u32 operands[6] = {a0, a1, a2, a3, b0, b1};
-  mma<false>(c, operands);
-}
-DEVICE void mma_bf16(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  const u32 operands[6] = {a0, a1, a2, a3, b0, b1};
-  mma<true>(c, operands);
-}
-
 DEVICE void mma_tf32(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   const u32 operands[6] = {a0, a1, a2, a3, b0, b1};
   const u32(*all)[6] = machine::exchange(operands, 6);

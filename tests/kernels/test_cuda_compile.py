@@ -9,7 +9,7 @@ import torch
 from vllm_turboquant.kernels.codebook import LEVELS
 from vllm_turboquant.kernels.cuda import context, driver, launch, nvrtc, store, turn
 from vllm_turboquant.kernels.cuda.driver import Device
-from vllm_turboquant.kernels.cuda.macros import bfloat, half, key_strides, sign_words
+from vllm_turboquant.kernels.cuda.macros import e4m3, half, key_strides, sign_words
 from vllm_turboquant.kernels.cuda.programs import ContextVariant, StoreVariant, TurnVariant
 from vllm_turboquant.kernels.cuda.variant import BITS, HEAD_SIZES, Options, supported
 from vllm_turboquant.kernels.format import LOSSLESS_PRESET, PRESETS, UNIT_TOKENS, page_format
@@ -59,10 +59,9 @@ def test_compiles(arch, preset, head_size, bf16, group, query_len, options):
     cubin, log = nvrtc.compile_cubin(variant, arch, ("--ptxas-options=-v",))
     assert cubin.startswith(b"\x7fELF")
     ((stores, loads),) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    # Heads of 256 dims fill the register file; a few words outside the commonest kernel are a few cycles.
-    strict = options in (PLAIN, BASIS, BUCKETS, RECENT) if head_size < 256 else options == PLAIN and arch == 90 and bf16
-    allowed = 0 if strict else 192
-    assert int(stores) <= allowed and int(loads) <= allowed, log
+    # Heads of 256 dims fill the register file; what they spill lies outside the loop over tokens: some cycles a segment.
+    most_stores, most_loads = (0, 0) if head_size < 256 and options in (PLAIN, BASIS, BUCKETS, RECENT) else (192, 320)
+    assert int(stores) <= most_stores and int(loads) <= most_loads, log
     print(f"sm_{arch} {preset} d={head_size} {options}: {variant.tuning}, {stores} + {loads} bytes spilled")
 
 
@@ -146,7 +145,8 @@ def test_levels_are_exact():
     for levels in LEVELS.values():
         for level in levels:
             assert torch.tensor([half(level)], dtype=torch.int16).view(torch.float16).item() == level
-            assert torch.tensor([bfloat(level)], dtype=torch.int16).view(torch.bfloat16).item() == level
+            assert torch.tensor([e4m3(level)], dtype=torch.uint8).view(torch.float8_e4m3fn).item() == level
+            assert torch.tensor([e4m3(-level)], dtype=torch.uint8).view(torch.float8_e4m3fn).item() == -level
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
