@@ -15,7 +15,7 @@ from .kernels.format import UNIT_TOKENS
 from .kernels.prefill import load_context
 from .kernels.recent_claim import RecentUnits
 from .kernels.recent_keep import keep
-from .kernels.store import FEW_TOKENS, store
+from .kernels.store import FEW_TOKENS
 from .workspace import prefill_scratch
 
 
@@ -67,7 +67,8 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
     qkv = torch.zeros(FEW_TOKENS + 1, (heads + 2 * kv_heads) * d, dtype=dtype, device=device)
     query, key, value = (x.unflatten(1, (-1, d)) for x in qkv.split([heads * d, kv_heads * d, kv_heads * d], dim=1))
     nowhere = torch.full((len(qkv),), -1, dtype=torch.int64, device=device)
-    for tokens in () if block_size in impl.cuda_store_pages else (1, len(qkv)):
+    for tokens in (1, len(qkv)):
+        store = impl.store_kernel(block_size, tokens)
         store(key, value, cache, nowhere[:tokens], fmt, impl.basis, torch.zeros_like(nowhere))
     query, key, value, slots = query[:1], key[:1], value[:1], torch.zeros_like(nowhere[:1])
     table = torch.zeros(1, 16, dtype=torch.int32, device=device)

@@ -12,7 +12,9 @@ from .variant import mean_rows, record_bytes
 
 @dataclass(frozen=True)
 class TurnVariant:
-    """One compiled turn of queries. ``bf16``: of queries, fp16 otherwise; ``buckets``: of the `KeyBasis`, of `padded_buckets`."""
+    """One compiled turn of queries. ``bf16``: of queries, fp16 otherwise; ``buckets``: of the `KeyBasis`, of `padded_buckets`;
+    ``few``: for less than a CTA a multiprocessor, where latency counts and not how many CTAs fit one.
+    """
 
     sources: ClassVar[tuple[str, ...]] = ("ptx", "common", "codes", "hadamard", "rotate", "turn")
     entry: ClassVar[str] = "turboquant_turn"
@@ -21,10 +23,15 @@ class TurnVariant:
     fmt: PageFormat
     bf16: bool
     buckets: int
+    few: bool
 
     @property
     def threads(self) -> int:
         return 32 * 12  # warps, for 8 tiles of a matrix of 128 rows and the means'
+
+    @property
+    def _roomy(self) -> bool:
+        return self.few or self.fmt.head_size == 256
 
     @property
     def shared_bytes(self) -> int:
@@ -36,6 +43,8 @@ class TurnVariant:
             "WARPS": self.threads // 32,
             "INPUT_BF16": int(self.bf16),
             "KEY_BASIS": 1,
+            "MIN_CTAS": 1 if self._roomy else 2,
+            "ROW_MMAS": min(self.fmt.head_size // 16, 8 if self._roomy else 4),  # whose operands are loaded at once
             "MEAN_ROWS": mean_rows(self.buckets),
             "RECORD_BYTES": record_bytes(self.fmt.head_size, self.buckets),
             "SHARED_BYTES": self.shared_bytes,

@@ -18,12 +18,11 @@ struct Params {
 #define TILES (COLUMNS / 8)
 #define MATRIX_TILES (D / 16)
 #define MEAN_TILES (MEAN_ROWS / 16)
-#define ROW_MMAS (D == 256 ? 8 : 4)  // whose operands are loaded at once
 #define BASIS_BYTES (2 * D * D + 16 + 4 * MEAN_ROWS * D)
 
 static_assert(SHARED_BYTES == COLUMNS * (2 * D + 4), "the launcher reserves what the kernel uses");
 
-// Some of the lane's operands of 16 rows, from MMA `first` on: the warp's 512 consecutive bytes an MMA.
+// The lane's operands of 16 rows for ROW_MMAS MMAs from `first` on: the warp's 512 consecutive bytes an MMA.
 DEVICE void load_rows(const u8 *tile, int first, int lane, u32 (*rows)[4]) {
 #pragma unroll
   for (int i = 0; i < ROW_MMAS; i++) load_page_128(tile + (first + i) * 512 + lane * 16, rows[i]);
@@ -50,7 +49,7 @@ DEVICE void multiply_rows(const u8 *tile, u32 (*rows)[4], const u32 (*operands)[
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, D == 256 ? 1 : 2) turboquant_turn(const Params p) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_turn(const Params p) {
   extern __shared__ __align__(128) u8 shared[];
   launch_dependents();
   u16 *queries = (u16 *)shared;

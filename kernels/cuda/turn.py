@@ -10,7 +10,7 @@ import torch
 
 from ..basis import KeyBasis
 from ..format import PageFormat
-from .driver import Function, built
+from .driver import Function, built, device_facts
 from .fragments import query_fragments
 from .programs import TurnVariant
 from .variant import padded_buckets, record_bytes
@@ -32,32 +32,32 @@ def _function(index: int, variant: TurnVariant) -> Function:
     return Function(variant, index)
 
 
-def _variant(fmt: PageFormat, dtype: torch.dtype, basis: KeyBasis) -> TurnVariant:
-    return TurnVariant(fmt, dtype == torch.bfloat16, padded_buckets(basis.buckets))
+def _variant(fmt: PageFormat, dtype: torch.dtype, basis: KeyBasis, few: bool) -> TurnVariant:
+    return TurnVariant(fmt, dtype == torch.bfloat16, padded_buckets(basis.buckets), few)
 
 
 def prepare(index: int, fmt: PageFormat, dtype: torch.dtype, basis: KeyBasis) -> bool:
     """Compiles and loads what `turn` needs on CUDA device ``index``; puts matrices in order. Whether it can be used here."""
-    if not built("decode", lambda: _function(index, _variant(fmt, dtype, basis))):
-        return False
     query_fragments(basis)
-    return True
+    variants = [_variant(fmt, dtype, basis, few) for few in (True, False)]
+    return built("decode", lambda: [_function(index, variant) for variant in variants])
 
 
 def _arguments(
-    query: torch.Tensor, turned: torch.Tensor, fmt: PageFormat, scale: float, basis: KeyBasis
+    query: torch.Tensor, turned: torch.Tensor, fmt: PageFormat, scale: float, basis: KeyBasis, multiprocessors: int
 ) -> tuple[TurnVariant, _Params, int]:
     """The kernel, its parameters and its CTAs."""
     tokens, heads, d = query.shape
     kv_heads = basis.sink_mean.shape[0]
-    variant, fragments = _variant(fmt, query.dtype, basis), query_fragments(basis)
+    rows = tokens * (heads // kv_heads)
+    grid = kv_heads * -(-rows // TurnVariant.columns)
+    variant, fragments = _variant(fmt, query.dtype, basis, grid <= multiprocessors), query_fragments(basis)
     assert fragments.device == query.device and query.stride(2) == 1
     assert turned.dtype == torch.float32 and turned.is_contiguous() and turned.data_ptr() % 16 == 0
     assert 4 * turned.numel() >= tokens * heads * record_bytes(d, variant.buckets)
-    rows = tokens * (heads // kv_heads)
     pointers = query.data_ptr(), turned.data_ptr(), fragments.data_ptr()
     params = _Params(*pointers, query.stride(0), query.stride(1), rows, kv_heads, heads // kv_heads, scale * math.log2(math.e))
-    return variant, params, kv_heads * -(-rows // variant.columns)
+    return variant, params, grid
 
 
 def turn(query: torch.Tensor, turned: torch.Tensor, fmt: PageFormat, scale: float, basis: KeyBasis, stream: int) -> None:
@@ -66,6 +66,7 @@ def turn(query: torch.Tensor, turned: torch.Tensor, fmt: PageFormat, scale: floa
     turned: fp32 scratch, 16-byte aligned, at least ``T * Hq * record_bytes(d, buckets)`` bytes; what is written is turn.cu's. The
     next kernel of the stream may be launched with ``overlap``. Raises CudaError where `prepare` is False.
     """
-    variant, params, grid = _arguments(query, turned, fmt, scale, basis)
+    index = query.device.index
+    variant, params, grid = _arguments(query, turned, fmt, scale, basis, device_facts(index).multiprocessors)
     if grid:
-        _function(query.device.index, variant).launch(grid, params, stream)
+        _function(index, variant).launch(grid, params, stream)

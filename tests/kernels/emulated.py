@@ -51,7 +51,7 @@ def decode(
     turned = None
     if basis is not None:
         turned = torch.full((tokens * heads * record_bytes(d, basis.buckets) // 4,), float("nan"))
-        turning, params, ctas = turn._arguments(query, turned, batch.fmt, scale, basis)
+        turning, params, ctas = turn._arguments(query, turned, batch.fmt, scale, basis, grid)
         compiled(turning)(ctypes.byref(params), ctas)
     options, params = launch._arguments(
         query, batch.cache, batch.block_table, batch.seq_lens, batch.query_start_loc, out[:tokens], scratch, turned, counters,

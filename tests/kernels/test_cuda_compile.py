@@ -83,11 +83,11 @@ def test_the_context_loader_compiles_without_spills(arch, preset, head_size, bf1
 
 
 @pytest.mark.parametrize("arch", DEVICES)
-@pytest.mark.parametrize("buckets", (1, 64))
+@pytest.mark.parametrize(("buckets", "few"), ((1, True), (64, True), (64, False)))
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-def test_the_turn_of_queries_compiles_without_spills(head_size, buckets, arch):
+def test_the_turn_of_queries_compiles_without_spills(head_size, buckets, few, arch):
     pytest.importorskip("cuda.bindings.nvrtc")
-    variant = TurnVariant(page_format("turboquant", head_size), True, buckets)
+    variant = TurnVariant(page_format("turboquant", head_size), True, buckets, few)
     cubin, log = nvrtc.compile_cubin(variant, arch, ("--ptxas-options=-v",))
     assert cubin.startswith(b"\x7fELF")
     assert "0 bytes spill stores, 0 bytes spill loads" in log, log
