@@ -6,9 +6,10 @@
     python -m tests.bench.engine --start auto auto turboquant turboquant     start-up alone, cold and warm
 
 Appends a row a dtype to results/engine_<card>.jsonl, memory_<card>.jsonl or start_<card>.jsonl. ``turboquant`` is as installed:
-calibrated, on random token ids for want of a tokenizer; ``turboquant:off`` is data-free. Prefill and decode of B requests of L
-tokens are told apart by running 1 and 65 output tokens, medians of some runs each. A dtype named twice is started twice: the
-second finds warm caches.
+calibrated, on random token ids for want of a tokenizer; ``turboquant:off`` is data-free. ``prefill_s`` is the median time of
+runs of B requests of L tokens and one output token. ``tpot_ms`` is the median time of engine steps once all B requests have
+their first token, so that steps decode them all and do nothing else; ``with_prefill_s`` the time until then. A dtype named
+twice is started twice: the second finds warm caches.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vllm_turboquant.config import is_ours
 from .rows import append_row
 
 SHAPES = ((48, 8192, 1), (1, 32768, 5))  # requests, tokens of a prompt, runs
-OUTPUT_TOKENS = 65
+STEPS = 64  # that are timed
 MAX_REQUESTS = 256
 MODES = ("--memory", "--start")
 CONTEXTS = (8192, 131000)  # tokens of the one request whose memory is watched
@@ -75,6 +76,40 @@ def generate(llm: Any, batch: int, length: int, tokens: int) -> float:
     return time.time() - begin
 
 
+def steps(llm: Any, batch: int, length: int) -> tuple[float, float]:
+    """Seconds until all of ``batch`` random prompts have a token, and the median time of `STEPS` steps after that."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    sampling = SamplingParams(max_tokens=most_tokens(batch), ignore_eos=True, temperature=0, detokenize=False)
+    begin, waiting = time.perf_counter(), set()
+    for i in range(batch):
+        prompt = {"prompt_token_ids": [random.randint(5, 100000) for _ in range(length)]}
+        engine.add_request(f"{i} of {batch}", prompt, sampling)
+        waiting.add(f"{i} of {batch}")
+    running = list(waiting)
+    while waiting:
+        waiting -= {out.request_id for out in engine.step() if out.outputs[0].token_ids}
+    until_then = time.perf_counter() - begin
+    times, last = [], None
+    while len(times) < STEPS:
+        outputs = engine.step()
+        assert not outputs or len(outputs) == batch, f"{len(outputs)} of {batch} requests had a token: some do not fit the pool"
+        if outputs:
+            now = time.perf_counter()
+            times += [] if last is None else [now - last]
+            last = now
+    engine.abort_request(running)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return until_then, statistics.median(times)
+
+
+def most_tokens(batch: int) -> int:
+    """Output tokens of the first request, which has one a prompt while the others' are read, and of the timed steps."""
+    return 2 * batch + STEPS + 8
+
+
 def named(dtype: str) -> dict[str, object]:
     name, _, calibration = dtype.partition(":")
     return {"dtype": name, "calibration": calibration or ("auto" if is_ours(name) else None)}
@@ -92,16 +127,21 @@ def measure(dtype: str, full: bool) -> dict[str, object]:
         "start_s": round(start_s, 1),
     }
     for batch, length, runs in SHAPES:
-        prefill, whole = (
-            statistics.median(generate(llm, batch, length, tokens) for _ in range(runs)) for tokens in (1, OUTPUT_TOKENS)
-        )
-        tpot_ms = (whole - prefill) / (OUTPUT_TOKENS - 1) * 1e3
-        row[f"B{batch}_L{length}"] = {"prefill_s": round(prefill, 2), "tpot_ms": round(tpot_ms, 2)}
+        prefill = statistics.median(generate(llm, batch, length, 1) for _ in range(runs))
+        with_prefill, step = steps(llm, batch, length)
+        times = {"prefill_s": prefill, "with_prefill_s": with_prefill, "tpot_ms": step * 1e3}
+        row[f"B{batch}_L{length}"] = {name: round(value, 2) for name, value in times.items()}
     if full:
         length = SHAPES[0][1]
-        requests = min(MAX_REQUESTS, cache.num_gpu_blocks // -(-(length + OUTPUT_TOKENS) // cache.block_size))
-        prefill, whole = generate(llm, requests, length, 1), generate(llm, requests, length, OUTPUT_TOKENS)
-        row["full"] = {"requests": requests, "tokens_per_s": round(requests * (OUTPUT_TOKENS - 1) / (whole - prefill), 1)}
+        blocks = [-(-(length + most_tokens(n)) // cache.block_size) for n in range(MAX_REQUESTS + 1)]
+        requests = max(n for n in range(1, MAX_REQUESTS + 1) if n * blocks[n] <= cache.num_gpu_blocks)
+        with_prefill, step = steps(llm, requests, length)
+        row["full"] = {
+            "requests": requests,
+            "with_prefill_s": round(with_prefill, 2),
+            "tpot_ms": round(step * 1e3, 2),
+            "tokens_per_s": round(requests / step, 1),
+        }
     return row
 
 
