@@ -136,7 +136,7 @@ class TurboQuantImpl(AttentionImpl):
             keep(key, value, slot_mapping, self.recent.key, self.recent.value, recent.frame_of, mean)
 
     def store_kernel(self, block_size: int, tokens: int) -> Callable[..., None]:
-        """The faster one on a GPU: of small heads a lane of the CUDA store has only two dims, which costs where tokens are many."""
+        """The faster one on a GPU: a lane of the CUDA store has two dims of small heads, which costs where tokens are many."""
         from .kernels import store as portable
         from .kernels.cuda import store as cuda
 

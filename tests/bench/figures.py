@@ -81,8 +81,9 @@ def decode_table(rows: list[Row]) -> list[str]:
 
 def engine_table() -> list[str]:
     lines = [
-        "| card | `--kv-cache-dtype` | tokens in the cache | prefill 48 x 8192, 1 x 32768 (s) | per output token (ms) |",
-        "|---|---|---|---|---|",
+        "| card | `--kv-cache-dtype` | tokens in the cache | prefill 48 x 8192, 1 x 32768 (s) | per output token (ms) "
+        "| requests in a full cache, output tokens/s |",
+        "|---|---|---|---|---|---|",
     ]
     for card in CARDS:
         rows = engine_rows(card)
@@ -92,7 +93,10 @@ def engine_table() -> list[str]:
             # Rows without the key are older than calibration.
             how = {"auto": ", calibrated", "off": ", data-free"}[row.get("calibration", "off")] if is_ours(dtype) else ""
             more = f"{row['capacity_tokens']:,} ({row['capacity_tokens'] / auto['capacity_tokens']:.2f}x)"
-            lines.append(f"| {row['card']} | `{dtype}`{how} | {more} | {prefill} | {many['tpot_ms']}, {one['tpot_ms']} |")
+            # Older rows timed the 48 with the prefills that they shared steps with.
+            steps = many["tpot_ms"] if "with_prefill_s" in many else "-"
+            filled = f"{row['full']['requests']}, {row['full']['tokens_per_s']:,}" if "full" in row and steps != "-" else "-"
+            lines.append(f"| {row['card']} | `{dtype}`{how} | {more} | {prefill} | {steps}, {one['tpot_ms']} | {filled} |")
     return lines
 
 
@@ -193,8 +197,8 @@ def section() -> str:
         "",
         picture("decode_context", "Time of one decode step against context"),
         "",
-        "A Llama-3.1-8B shape in vLLM's engine, one call a card (`tests/bench/engine.py`). Output tokens, 48 requests and 1, are",
-        "timed with the prefills that they share steps with:",
+        "A Llama-3.1-8B shape in vLLM's engine, one call a card (`tests/bench/engine.py`). An output token is a step that",
+        "decodes all 48 requests, or the 1, and does nothing else; a full cache holds requests of 8192 tokens:",
         "",
         *engine_table(),
         "",
