@@ -215,34 +215,19 @@ def test_a_machine_without_nvrtc_says_so_once(monkeypatch, caplog):
     ]
 
 
-def test_so_does_the_context_loader(monkeypatch, caplog):
+@pytest.mark.parametrize(("module", "name"), ((context, "context loader"), (store, "store")))
+def test_so_do_the_other_kernels(module, name, monkeypatch, caplog):
     def missing(*_):
         raise nvrtc.CudaError("NVRTC is not usable: gone")
 
     driver._warn.cache_clear()
-    monkeypatch.setattr(context, "_function", missing)
+    monkeypatch.setattr(module, "_function", missing)
     card, fmt = torch.device("cuda", 0), page_format("turboquant", 128)
-    assert not context.prepare(card, fmt, 16, torch.bfloat16) and not context.prepare(card, fmt, 16, torch.bfloat16)
+    assert not module.prepare(card, fmt, 16, torch.bfloat16) and not module.prepare(card, fmt, 16, torch.bfloat16)
     # Not covered, so nothing to warn of.
-    assert not context.prepare(card, fmt, 16, torch.float32) and not context.prepare(card, fmt, 48, torch.bfloat16)
-    assert not context.prepare(torch.device("cpu"), fmt, 16, torch.bfloat16)
-    assert not context.prepare(card, page_format("turboquant-k8v4", 128), 16, torch.bfloat16)
+    assert not module.prepare(card, fmt, 16, torch.float32) and not module.prepare(card, fmt, 48, torch.bfloat16)
+    assert not module.prepare(torch.device("cpu"), fmt, 16, torch.bfloat16)
+    assert not module.prepare(card, page_format("turboquant-k8v4", 128), 16, torch.bfloat16)
     assert [record.message for record in caplog.records] == [
-        "The CUDA context loader is not used, the slower portable one is: NVRTC is not usable: gone"
-    ]
-
-
-def test_so_does_the_store(monkeypatch, caplog):
-    def missing(*_):
-        raise nvrtc.CudaError("NVRTC is not usable: gone")
-
-    driver._warn.cache_clear()
-    monkeypatch.setattr(store, "_function", missing)
-    card, fmt = torch.device("cuda", 0), page_format("turboquant", 128)
-    assert not store.prepare(card, fmt, 16, torch.bfloat16) and not store.prepare(card, fmt, 16, torch.bfloat16)
-    # Not covered, so nothing to warn of.
-    assert not store.prepare(card, fmt, 16, torch.float32)
-    assert not store.prepare(card, page_format("turboquant-k8v4", 128), 16, torch.bfloat16)
-    assert [record.message for record in caplog.records] == [
-        "The CUDA store is not used, the slower portable one is: NVRTC is not usable: gone"
+        f"The CUDA {name} is not used, the slower portable one is: NVRTC is not usable: gone"
     ]
