@@ -29,6 +29,7 @@ from .impl import TurboQuantImpl
 from .kernels import private
 from .kernels.basis import KeyBasis
 from .key_bias import bias_bases
+from .key_noise import keep_exact, noisy_layers
 
 logger = init_logger("vllm.turboquant")
 Bases = Mapping[str, KeyBasis]
@@ -59,6 +60,10 @@ def calibrate_worker(worker: Any) -> tuple[Path | None, str]:
     if bases is None:
         path, bases = None, _from_weights(config, model, layers)
         keys += f", key bias subtracted in {len(bases)} layers" if bases else ""
+        noisy = noisy_layers(model, {name: layer for name, layer in owners(layers).items() if name not in bases})
+        if noisy:
+            _log("TurboQuant: %s", keep_exact(noisy, layers, config), warn=True)
+            layers = {name: layer for name, layer in layers.items() if _coded(layer.impl)}
     _set(layers, bases, worker)
     return path, keys
 

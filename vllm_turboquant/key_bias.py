@@ -30,12 +30,12 @@ def bias_bases(model: torch.nn.Module, layers: Mapping[str, Any], max_model_len:
     result: dict[str, KeyBasis] = {}
     for name, layer in layers.items():
         parent = parents.get(id(layer))
-        bias = None if parent is None else key_bias(parent, layer.num_heads, layer.num_kv_heads, layer.head_size)
+        biases = None if parent is None else projection_biases(parent, layer.num_heads, layer.num_kv_heads, layer.head_size)
         rotary = [] if parent is None else [child for child in parent.children() if is_rotary(child)]
         # Which rotation the keys of such a layer get cannot be told from its modules.
-        if bias is None or len(rotary) > 1 or (positional and not rotary):
+        if biases is None or len(rotary) > 1 or (positional and not rotary):
             continue
-        mean = bias.float()
+        mean = biases[1].float()
         if rotary:
             if id(rotary[0]) not in mean_turns:
                 mean_turns[id(rotary[0])] = mean_turn(rotary[0], max_model_len).to(mean.device)
@@ -45,8 +45,11 @@ def bias_bases(model: torch.nn.Module, layers: Mapping[str, Any], max_model_len:
     return result
 
 
-def key_bias(attention: torch.nn.Module, heads: int, kv_heads: int, head_size: int) -> torch.Tensor | None:
-    """The bias of this rank's keys, floating ``[Hk, d]``; None without one, and where a norm between it and attention moves it.
+def projection_biases(
+    attention: torch.nn.Module, heads: int, kv_heads: int, head_size: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The biases of this rank's queries and keys, floating ``[Hq, d]`` and ``[Hk, d]``; None without one of the keys, and where a
+    norm between it and attention moves it. Queries without bias have zeros.
 
     attention: the module around projection, rotary embedding and attention.
     """
@@ -54,14 +57,18 @@ def key_bias(attention: torch.nn.Module, heads: int, kv_heads: int, head_size: i
     if any("norm" in name or type(child).__name__.endswith("Norm") for name, child in children.items()):
         return None
     fused = [child for child in children.values() if isinstance(child, QKVParallelLinear)]
+    query, key = heads * head_size, kv_heads * head_size
     if len(fused) == 1 and fused[0].bias is not None:
-        query, key = heads * head_size, kv_heads * head_size
         if len(fused[0].bias) != query + 2 * key:
             return None
-        bias = fused[0].bias[query : query + key]
+        of_queries, of_keys = fused[0].bias[:query], fused[0].bias[query : query + key]
     else:
-        single = children.get("k_proj")
-        if not isinstance(single, ColumnParallelLinear) or single.bias is None or len(single.bias) != kv_heads * head_size:
+        single, other = children.get("k_proj"), children.get("q_proj")
+        if not isinstance(single, ColumnParallelLinear) or single.bias is None or len(single.bias) != key:
             return None
-        bias = single.bias
-    return bias.detach().view(kv_heads, head_size) if bias.any() else None
+        of_keys = single.bias
+        biased = isinstance(other, ColumnParallelLinear) and other.bias is not None and len(other.bias) == query
+        of_queries = other.bias if biased else of_keys.new_zeros(query)  # type: ignore[union-attr]
+    if not of_keys.any():
+        return None
+    return of_queries.detach().view(heads, head_size), of_keys.detach().view(kv_heads, head_size)

@@ -75,6 +75,8 @@ def _reason(layer: Any, vllm_config: VllmConfig) -> str:
     attn_type = getattr(layer, "attn_type", AttentionType.DECODER)
     if attn_type != AttentionType.DECODER:
         return f"attention of type {attn_type}"
+    if hasattr(layer, "turboquant_kept"):
+        return str(layer.turboquant_kept)
     dtype = getattr(layer, "kv_cache_dtype", "auto")
     if dtype == "auto" and vllm_config.cache_config.kv_cache_dtype_skip_layers:
         return f"by {SKIP_LAYERS}"

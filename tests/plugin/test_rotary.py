@@ -95,7 +95,7 @@ def test_a_module_that_does_not_rotate_is_told(rope: Callable[..., Any], monkeyp
         turns(module, torch.tensor([100, 900]))
 
 
-def qwen2_attention(config: Any, norm: bool = False) -> Any:
+def qwen2_attention(config: Any, norm: bool = False, layer: int = 0) -> Any:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.models.qwen2 import Qwen2Attention
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -109,7 +109,7 @@ def qwen2_attention(config: Any, norm: bool = False) -> Any:
             max_position=8192,
             cache_config=config.cache_config,
             qk_norm=norm,
-            prefix="model.layers.0.self_attn",
+            prefix=f"model.layers.{layer}.self_attn",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,11 +42,24 @@ def fill(model: torch.nn.Module) -> None:
                 parameter.copy_(torch.randint(-(2**31), 2**31, parameter.shape, generator=generator))
 
 
+def amplify(model: torch.nn.Module, factors: dict[str, float]) -> None:
+    """Multiplies parameters by factors, by what their names contain."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for part, factor in factors.items():
+                if part in name:
+                    parameter.mul_(factor)
+
+
 def install() -> None:
-    """In this process every dummy load fills its model so."""
+    """In this process every dummy load fills its model so; ``amplified`` in its configuration is asked for louder parameters."""
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
-    DummyModelLoader.load_weights = lambda self, model, model_config: fill(model)  # type: ignore[method-assign]
+    def load_weights(self: object, model: torch.nn.Module, model_config: Any) -> None:
+        fill(model)
+        amplify(model, getattr(model_config.hf_config, "amplified", {}))
+
+    DummyModelLoader.load_weights = load_weights  # type: ignore[method-assign]
 
 
 def real_weights(root: Path, vocabulary: int, layers: int = 2) -> str:
