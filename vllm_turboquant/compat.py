@@ -1,4 +1,4 @@
-"""Every place where vLLM is touched. Nothing outside this module patches anything.
+"""Every place where vLLM is touched. Nothing outside this module and ``compat_workers`` patches anything.
 
 | id | target | 0.32 | 0.33 | why | gone when |
 |---|---|---|---|---|---|
@@ -15,9 +15,10 @@
 | H | ``sys.excepthook`` | chain | chain | a refusal ends in its sentence, not in a traceback | vLLM prints config errors so |
 
 All are applied together or not at all: first every structural check, then every patch; only G, I and K wait until a layer
-of ours is built, as they need modules that no other process loads. G also puts stand-ins into layers while it runs the model
-(``calibration_run``). The dtype name is the only
-switch: other dtypes go through the wrapped functions unchanged (E also refuses vLLM's own TurboQuant names on a CPU).
+of ours is built, as they need modules that no other process loads (``compat_workers``). G also puts stand-ins into layers
+while it runs the model (``calibration_run``), and vLLM's own backend into layers whose keys no code can carry (``key_noise``).
+The dtype name is the only switch: other dtypes go through the wrapped functions unchanged (E also refuses vLLM's own
+TurboQuant names on a CPU).
 Never dispatch on ``KVQuantMode``: upstream, CUSTOM and OCTAVE_K3V4 share the value 12.
 """  # noqa: E501 - a table
 
@@ -31,7 +32,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from . import __version__, connectors, status
+from . import __version__, status
 from .config import BACKEND_NAME, FLAG, TurboQuantError, check_dtype_name, dtype_names, is_ours, refuse
 from .supported import SUPPORTED, structural_problems, supported_version
 
@@ -165,9 +166,10 @@ def _wrap_backend_selection() -> None:
         # A backend that the user named was refused at start-up (E). One that vLLM names itself, as for models of mixed head
         # sizes, is meant for layers in the model's own dtype.
         from .backend import backend_class
+        from .compat_workers import follow_workers
 
         backend = backend_class(dtype)
-        _follow_workers()
+        follow_workers()
         reasons = backend.validate_configuration(device_capability=cls.get_device_capability(), **attn_selector_config._asdict())
         if reasons:
             raise refuse(
@@ -180,76 +182,6 @@ def _wrap_backend_selection() -> None:
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
     selector._cached_get_attn_backend.cache_clear()
-
-
-def _follow_workers() -> None:
-    """Patches G and I, which every executor calls at start. The wrapper hands what it lacks to the worker, of whichever class."""
-    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
-
-    wrapper: Any = WorkerWrapperBase
-    if hasattr(wrapper, "turboquant_calibration"):
-        return
-    if (
-        "get_kv_cache_spec" in vars(wrapper)
-        or "initialize_from_config" not in vars(wrapper)
-        or not hasattr(wrapper, "__getattr__")
-        or not hasattr(WorkerBase, "get_kv_cache_spec")
-    ):
-        raise refuse(FLAG, "turboquant", "this vLLM's WorkerWrapperBase has changed", f"install vLLM {' or '.join(SUPPORTED)}")
-    original = wrapper.initialize_from_config
-
-    def get_kv_cache_spec(self: Any) -> Any:
-        from .calibration import calibrate_worker
-        from .pages import fit
-
-        if "turboquant_calibration_file" not in vars(self):  # once a worker
-            self.turboquant_calibration_file, self.turboquant_keys = calibrate_worker(self.worker)
-        self.turboquant_specs = self.worker.get_kv_cache_spec()
-        return fit(self.turboquant_specs, self.vllm_config)
-
-    @functools.wraps(original)
-    def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
-        from .summary import report
-
-        if "turboquant_specs" in vars(self):
-            _tell_calibrations_apart(self.vllm_config)
-        original(self, kv_cache_configs)
-        if "turboquant_specs" in vars(self):
-            report(self.vllm_config, kv_cache_configs[self.global_rank], self.turboquant_specs, self.turboquant_keys)
-
-    def turboquant_calibration(self: Any) -> str | None:
-        path = self.turboquant_calibration_file
-        return None if path is None else str(path)
-
-    wrapper.get_kv_cache_spec = get_kv_cache_spec
-    wrapper.initialize_from_config = initialize_from_config
-
-    def turboquant_layers(self: Any) -> dict[str, Any]:
-        from .endpoint_layers import worker_layers
-
-        return worker_layers(self.worker, self.turboquant_specs, fitted=self.turboquant_calibration_file is not None)
-
-    wrapper.turboquant_calibration = turboquant_calibration
-    wrapper.turboquant_layers = turboquant_layers
-
-
-def _tell_calibrations_apart(vllm_config: Any) -> None:
-    """Patch K, before NIXL registers pages: its handshake compares dtype and shapes, not what keys are stored under."""
-    if not any("nixl" in name.lower() for name in connectors.names(vllm_config.kv_transfer_config)):
-        return
-    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
-
-    from .endpoint_layers import stored_as
-
-    original = base_worker.compute_nixl_compatibility_hash
-    if hasattr(original, "__wrapped__"):
-        return
-
-    @functools.wraps(original)
-    def compute_nixl_compatibility_hash(config: Any, backend: str, *args: Any, **kwargs: Any) -> str:
-        return original(config, f"{backend}, {stored_as(config)}", *args, **kwargs)
-
-    base_worker.compute_nixl_compatibility_hash = compute_nixl_compatibility_hash
 
 
 def _wrap_model_config() -> None:

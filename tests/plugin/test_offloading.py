@@ -99,7 +99,7 @@ def test_nixl_tells_calibrations_apart(engine_config: EngineConfig, monkeypatch:
     """By the hash that its workers compare before one reads the other's pages."""
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 
-    from vllm_turboquant.compat import _tell_calibrations_apart
+    from vllm_turboquant.compat_workers import _tell_calibrations_apart
 
     name = "compute_nixl_compatibility_hash"
     original = getattr(base_worker, name)
