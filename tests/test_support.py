@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from .support import KINDS, PLANNED, REFUSED, ROOT, UNTESTED, WORKS, with_section
+from .kinds import KINDS, PLANNED, REFUSED, UNTESTED, WORKS, Kind
+from .support import ROOT, with_section
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +24,9 @@ def collected() -> set[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_named_tests_exist(kind: object, collected: set[str]) -> None:
+def test_named_tests_exist(kind: Kind, collected: set[str]) -> None:
     known = collected | {test.partition("[")[0] for test in collected}
-    missing = [test for test in (*kind.cpu, *kind.card) if test not in known]  # type: ignore[attr-defined]
+    missing = [test for test in (*kind.cpu, *kind.card) if test not in known]
     assert not missing
 
 

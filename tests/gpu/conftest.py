@@ -32,3 +32,9 @@ def smollm2():
     if not (path / "config.json").is_file():
         pytest.skip("needs the demo model: make demo-model")
     return str(path)
+
+
+@pytest.fixture(params=("portable", "cuda"))
+def which(request):
+    """Which decode is tested."""
+    return request.param
