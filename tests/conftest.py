@@ -1,4 +1,4 @@
-"""Shared by all tests: Triton's interpreter where there is no GPU, and a fresh printed seed per test."""
+"""Shared by all tests: cores shared between workers, Triton's interpreter where there is no GPU, a printed seed per test."""
 
 import importlib
 import importlib.util
@@ -6,6 +6,10 @@ import os
 import random
 
 import pytest
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # Each worker's torch would start a thread a core; read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 if not os.path.exists("/dev/nvidiactl") and importlib.util.find_spec("triton"):
     # Triton chooses between compiler and interpreter when a function is decorated: its own library's functions at import,
