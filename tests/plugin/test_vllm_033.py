@@ -27,6 +27,7 @@ FILES = (
     "offloading",
     "refusals",
     "rotary",
+    "key_noise",
     "calibration",
     "calibration_run",
     "deploy",
