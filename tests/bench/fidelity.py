@@ -1,7 +1,7 @@
 """Fidelity rows of real models: `vllm_turboquant.evaluation` of a folder in Hugging Face format, on a card or a CPU.
 
     python -m tests.bench.fidelity MODEL [--contexts 512 4096] [--tokens 8192] [--served 8192] [--only NAME ...]
-    python -m tests.bench.fidelity MODEL --needle 4096 8192 [--only NAME ...]
+    python -m tests.bench.fidelity MODEL --needle 4096 8192 [--only NAME ...]     presets as installed, a text a length
     python -m tests.bench.fidelity MODEL --generate 512 [--only NAME ...]
 
 Appends to ``fidelity_<model>.jsonl``, ``needle_<model>.jsonl`` or ``generation_<model>.jsonl`` in results/. Calibrated cases use
@@ -17,15 +17,20 @@ from pathlib import Path
 import torch
 import transformers
 
-from vllm_turboquant.evaluation import agreements, retrieval
+from vllm_turboquant.evaluation import Case, agreements, retrieval
 from vllm_turboquant.evaluation.calibrate import served_model
 from vllm_turboquant.evaluation.run import all_cases, rows
+from vllm_turboquant.kernels.format import PRESETS
 from vllm_turboquant.texts import blocks
 
 from .rows import write_row
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROMPTS, PROMPT = 8, 128  # held-out texts to go on from, and tokens of each
+
+
+def as_installed(case: Case) -> bool:
+    return case.calibrated and not case.sinks and case.window == PRESETS[case.name].recent
 
 
 def main() -> None:
@@ -39,6 +44,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="dtypes; default all")
     arguments = parser.parse_args()
     chosen = [case for case in all_cases() if not arguments.only or case.name in arguments.only]
+    if arguments.needle:
+        chosen = [case for case in chosen if case.name not in PRESETS or as_installed(case)]
     (model, bases), name = served_model(arguments.model, chosen, arguments.served), Path(arguments.model).name
     card = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
     common = {"served": arguments.served, "card": card, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -25,6 +25,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
     "llama3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 512}},
     "yarn": {"rope_parameters": YARN},  # multiplies keys by a factor
+    "mrope": {"rope_parameters": {"mrope_section": [8, 12, 12]}},  # Qwen2-VL's, whose text tokens have one position
     "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
 }
 HEAD, LENGTH = 64, 1024
