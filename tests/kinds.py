@@ -256,6 +256,11 @@ FEATURES = (
         REFUSED,
         _of(REFUSALS, "LMCache", "LMCache inside", "LMCache offloading"),
     ),
+    Kind(
+        "Other connectors: Mooncake, FlexKV, HF3FS, MoRIIO and those of third parties",
+        REFUSED,
+        _of(REFUSALS, "another connector", "another connector inside"),
+    ),
     Kind("An attention backend of the user's choice", REFUSED, _of(REFUSALS, "backend", "backend per kind")),
     Kind("vLLM's own TurboQuant dtypes on a CPU", REFUSED, _of(REFUSALS, "built-in 4bit_nc", "built-in k8v4")),
 )

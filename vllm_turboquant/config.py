@@ -40,6 +40,13 @@ def is_ours(kv_cache_dtype: str | None) -> bool:
     return kv_cache_dtype in PRESETS or kv_cache_dtype in DEBUG_PRESETS
 
 
+def stored(kv_cache_dtype: str) -> str:
+    """What pages of a registered dtype hold, in words."""
+    preset = (PRESETS | DEBUG_PRESETS)[kv_cache_dtype]
+    key, value = ({8: "fp8", 32: "fp32"}.get(x.bits, f"{x.bits + x.sketch}-bit") for x in (preset.key, preset.value))
+    return f"{key} keys, {value} values"
+
+
 def refuse(flag: str, value: object, reason: str, remedy: str) -> TurboQuantError:
     """The one form of every refusal: flag, value, why, and what to do instead. One line, whatever the value holds."""
     text = f"{flag} {value}: {reason}; {remedy}."

@@ -14,6 +14,12 @@ from .kernels.format import FORMAT_VERSION
 # vLLM's own, which finds blocks by the tokens in them alone.
 SHARED_STORAGE = ("ExampleConnector", "SharedStorageConnector")
 MARK = "turboquant.json"
+# Those that move a block's bytes whatever they are, and either keep them to one server or tell other servers' pages apart.
+KNOWN = (
+    *SHARED_STORAGE,
+    *("NixlConnector", "NixlPullConnector", "NixlPushConnector"),
+    *("OffloadingConnector", "SimpleCPUOffloadConnector", "MultiConnector"),
+)
 
 
 def configs(config: Any) -> list[dict[str, Any]]:
@@ -38,7 +44,7 @@ def tiers(config: Any) -> list[str]:
 
 
 def check(dtype: str, args: Any) -> None:
-    """Raises TurboQuantError for connectors that compute page sizes of their own, and for tiers that other servers read."""
+    """Raises TurboQuantError for connectors not known to carry compressed pages, and for tiers that other servers read."""
     for tier in tiers(args.kv_transfer_config):
         # Files and objects are named by tokens and dtype: pages of another calibration would be read as one's own.
         raise refuse(
@@ -54,6 +60,14 @@ def check(dtype: str, args: Any) -> None:
                 dtype,
                 f"cannot be combined with --kv-transfer-config's {connector}, which computes page sizes of its own",
                 "use another connector or --kv-cache-dtype auto",
+            )
+        if connector not in KNOWN:
+            raise refuse(
+                FLAG,
+                dtype,
+                f"cannot be combined with --kv-transfer-config's {connector}, which may give one server pages of another's "
+                f"calibration or preset; allowed are {', '.join(KNOWN)}",
+                "use one of them or --kv-cache-dtype auto",
             )
     if args.kv_offloading_size is not None and args.kv_offloading_backend == "lmcache":
         raise refuse(

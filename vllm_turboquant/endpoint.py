@@ -17,10 +17,9 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from . import __version__
-from .config import AUTO, OFF, TurboQuantSettings, is_ours
+from .config import AUTO, OFF, TurboQuantSettings, is_ours, stored
 from .endpoint_layers import WorkerLayers, fingerprint_of_ranks, merged
 from .endpoint_page import render
-from .kernels.format import DEBUG_PRESETS, PRESETS, VectorCodec
 
 PATH = "/turboquant"
 _USAGE, _RUNNING, _WAITING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"
@@ -132,9 +131,8 @@ def describe(config: VllmConfig, preset: str | None, workers: list[WorkerLayers]
     )
     if preset is None or not workers:
         return status
-    form = (PRESETS | DEBUG_PRESETS)[preset]
     whole = merged(workers)
-    status.stored = f"{_codec(form.key)} keys, {_codec(form.value)} values"
+    status.stored = stored(preset)
     kept = [Kept(layer=layer, reason=reason) for layer, reason in whole.kept.items()]
     status.layers = Layers(compressed=len(whole.compressed), shared=len(whole.shared), kept=kept)
     setting = TurboQuantSettings.from_additional_config(config.additional_config).calibration
@@ -154,10 +152,6 @@ def describe(config: VllmConfig, preset: str | None, workers: list[WorkerLayers]
         times_auto=round(times, 3),
     )
     return status
-
-
-def _codec(codec: VectorCodec) -> str:
-    return {8: "fp8", 32: "fp32"}.get(codec.bits, f"{codec.bits + codec.sketch}-bit")
 
 
 def pool_now(tokens: int) -> Pool | None:

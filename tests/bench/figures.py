@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from vllm_turboquant.config import is_ours
+from vllm_turboquant.config import is_ours, stored
 from vllm_turboquant.kernels.format import PRESETS, page_format
 
 from .rows import RESULTS, ROOT
@@ -143,12 +143,14 @@ def long_context() -> list[str]:
         # A place reaches to the next.
         first = (512 * places[0] + 512 * places[512] + 1024 * places[1024]) / 2048
         grown.append(f"{places[4096] / first:.2f} times ({model})")
-    found = {row["name"]: row["found"] for row in read(f"needle_{MODELS[-1]}")}
+    found: dict[str, list[bool]] = {}
+    for row in read(f"needle_{MODELS[-1]}"):
+        found.setdefault(row["name"], []).extend(row["found"])
     return [
         "Within one text of 8,192 tokens the divergence of calibrated `turboquant` at positions 4,096 to 8,191 is",
         f"{' and '.join(grown)} that of the first 2,048.",
         "",
-        "Needles, five facts in a text of 4,096 tokens and five in one of 8,192, that greedy decoding from compressed blocks",
+        "Needles, five facts in each of several texts of 4,096 and of 8,192 tokens, that greedy decoding from compressed blocks",
         f"gives back ({MODELS[-1]}, calibrated as installed):",
         "",
         ", ".join(f"`{name}` {sum(hits)} of {len(hits)}" for name, hits in found.items()) + ".",
@@ -164,13 +166,12 @@ def presets_table() -> list[str]:
     for name in ("auto", "fp8", *(name for name in PRESETS if "qjl" not in name)):
         if name in PRESETS:
             preset, size = PRESETS[name], page_format(name, HEAD).slot_bytes
-            sides = [f"{'fp8' if side.bits == 8 else f'{side.bits}-bit'}" for side in (preset.key, preset.value)]
-            stored = f"{sides[0]} keys, {sides[1]} values" + (f"; newest {preset.recent} tokens exactly" if preset.recent else "")
+            kept = stored(name) + (f"; newest {preset.recent} tokens exactly" if preset.recent else "")
         else:
-            size, stored = (4 * HEAD, "bf16") if name == "auto" else (2 * HEAD, "vLLM's own, without scales")
+            size, kept = (4 * HEAD, "bf16") if name == "auto" else (2 * HEAD, "vLLM's own, without scales")
         rows = fidelity.get((name, is_ours(name), 0), {})
         kl = " | ".join(f"{rows[model, CONTEXTS[-1]]['kl']:.4f}" if rows else "0" for model in MODELS)
-        lines.append(f"| `{name}` | {size} | {4 * HEAD / size:.2f}x | {stored} | {kl} |")
+        lines.append(f"| `{name}` | {size} | {4 * HEAD / size:.2f}x | {kept} | {kl} |")
     return lines
 
 

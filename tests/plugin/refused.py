@@ -93,6 +93,14 @@ REFUSALS: dict[str, Refusal] = {
         args={"kv_transfer_config": _connector("MultiConnector", {"connectors": [_connector("LMCacheMPConnector")]})},
         parts=(FLAG, "--kv-transfer-config", "LMCacheMPConnector", "use another connector"),
     ),
+    "another connector": Refusal(
+        args={"kv_transfer_config": _connector("MooncakeStoreConnector")},
+        parts=(FLAG, "--kv-transfer-config's MooncakeStoreConnector", "another's calibration", "allowed are Example", "auto."),
+    ),
+    "another connector inside": Refusal(
+        args={"kv_transfer_config": _connector("MultiConnector", {"connectors": [_connector("MyConnector")]})},
+        parts=(FLAG, "--kv-transfer-config's MyConnector", "another's calibration", "allowed are Example", "auto."),
+    ),
     "LMCache offloading": Refusal(
         args={"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"},
         parts=(FLAG, "--kv-offloading-backend lmcache", "allowed is native", "use --kv-offloading-backend native"),

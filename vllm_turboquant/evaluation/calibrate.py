@@ -31,9 +31,11 @@ def calibrate(model: EvaluatedModel, served: int, texts: Sequence[torch.Tensor] 
     """
     if texts is None:
         texts = blocks(model.tokenizer, "calibration", CALIBRATION_TOKENS, CALIBRATION_CONTEXT)
-    turns = model.turns(shifts(served))
     longest = max(len(text) for text in texts)
-    buckets = torch.stack([torch.stack(model.turns(inside)).mean(0) for inside in bucket_shifts(served, longest)])
+    turned = {}
+    for kind in set(model.rotary_kinds):
+        buckets = torch.stack([torch.stack(model.turns(inside, kind)).mean(0) for inside in bucket_shifts(served, longest)])
+        turned[kind] = model.turns(shifts(served), kind), buckets
     bar = tqdm(texts, "calibrating keys", unit="text", disable=None)
-    spread = (statistics.spread(turns, buckets, bucket_tokens(served)) for statistics in model.statistics(bar))
-    return [statistics.basis() for statistics in spread]
+    layers = zip(model.statistics(bar), model.rotary_kinds, strict=True)
+    return [statistics.spread(*turned[kind], bucket_tokens(served)).basis() for statistics, kind in layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import sys
@@ -38,10 +39,15 @@ class EvaluatedModel:
         self.model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=self._name, dtype=torch.float32)
         self.model.to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.layers: int = self.model.config.get_text_config().num_hidden_layers
+        config = self.model.config.get_text_config()
+        self.layers: int = config.num_hidden_layers
+        # Gemma 3's kind turns keys of its windows otherwise than those of full attention.
+        rotary = getattr(self.model.base_model, "rotary_emb", None)
+        typed = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        self.rotary_kinds: list[str | None] = list(config.layer_types) if typed else [None] * self.layers
         self._case = Case("auto")
         self._bases: Sequence[KeyBasis] | None = None
-        self._plain: Sequence[KeyBasis | None] = [None] * self.layers
+        self._plain: list[KeyBasis | None] = [None] * self.layers
         self._statistics: dict[int, KeyStatistics] | None = None
 
     @torch.inference_mode()
@@ -97,17 +103,18 @@ class EvaluatedModel:
             self._statistics = None
 
     @torch.inference_mode()
-    def turns(self, shifts: Sequence[int]) -> list[torch.Tensor]:
+    def turns(self, shifts: Sequence[int], kind: str | None = None) -> list[torch.Tensor]:
         """R(p) of each shift p, float64 orthogonal ``[d, d]``: what rotary embedding at position p does to a vector.
 
-        Raises ValueError where it is not a rotation that a shift of positions adds to another.
+        kind: one of ``rotary_kinds``. Raises ValueError where it is not a rotation that a shift of positions adds to another.
         """
         body = self.model.base_model
         rotate = getattr(sys.modules[type(body).__module__], "apply_rotary_pos_emb", None)
         if rotate is None or not hasattr(body, "rotary_emb"):
             raise ValueError(f"{type(body).__name__} has no rotary embedding that this evaluation knows")
         positions = torch.tensor(list(shifts), dtype=torch.int64, device=self.device)[None]
-        cos, sin = body.rotary_emb(torch.zeros(1, 1, dtype=torch.float32, device=self.device), positions)
+        options = {} if kind is None else {"layer_type": kind}
+        cos, sin = body.rotary_emb(torch.zeros(1, 1, dtype=torch.float32, device=self.device), positions, **options)
         d = cos.shape[-1]
         eye = torch.eye(d, device=self.device)[None, None]
         turns = []
@@ -125,14 +132,16 @@ class EvaluatedModel:
         projection has a bias, its mean over the positions is subtracted.
         """
         biases = [_key_bias(layer.self_attn) for layer in self.model.base_model.layers]
-        if all(bias is None for bias in biases):
-            return
+        turns: dict[str | None, torch.Tensor] = {}
         samples = range(0, served, max(served // _BIAS_POSITIONS, 1))
-        turn = torch.stack([torch.stack(self.turns(samples[i : i + 64])).sum(0) for i in range(0, len(samples), 64)]).sum(0)
-        turn = turn / len(samples)
-        eye = torch.eye(len(turn))
-        means = [None if bias is None else bias.double().view(-1, len(turn)) @ turn.T for bias in biases]
-        self._plain = [None if mean is None else key_basis(eye.expand(len(mean), -1, -1), mean) for mean in means]
+        parts = [samples[i : i + 64] for i in range(0, len(samples), 64)]
+        for layer, (bias, kind) in enumerate(zip(biases, self.rotary_kinds, strict=True)):
+            if bias is None:
+                continue
+            if kind not in turns:
+                turns[kind] = torch.stack([torch.stack(self.turns(part, kind)).sum(0) for part in parts]).sum(0) / len(samples)
+            mean = bias.double().view(-1, len(turns[kind])) @ turns[kind].T
+            self._plain[layer] = key_basis(torch.eye(mean.shape[1]).expand(len(mean), -1, -1), mean)
 
     @contextmanager
     def _reading(self, case: Case, bases: Sequence[KeyBasis] | None) -> Iterator[None]:
