@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from .answers import LOGPROB_TOLERANCE
+from .features import UNCALIBRATED
 from .test_engines import Results, deviations, run_jobs
-from .test_features import UNCALIBRATED
 from .test_kinds import K4V4, LLM, lines, prompt, write
 
 QUIET, LOUD = "gpt-oss", "gpt-oss, loud key biases"

@@ -13,10 +13,10 @@ import pytest
 from tests.plugin.test_doctor import doctor
 
 from .answers import assert_same, complete, story
+from .features import UNCALIBRATED
 from .harness import LOSSLESS, Flags, Server, ServerPool, side_by_side
 from .shapes import VOCABULARY
 from .test_engines import Results, answers, run_jobs
-from .test_features import UNCALIBRATED
 from .test_kinds import K4V4, LLM, lines, prompt
 from .test_lossless import EXTRA, flags
 from .weights import real_weights
