@@ -99,7 +99,7 @@ report: figures $(LOAD_DIR)/summary.csv
 	$(SWEEP) plot_pareto $(LOAD_DIR) --label-by kv_cache_dtype,max_concurrency
 	$(BIN)/python deploy/load/report.py $(LOAD_DIR)
 
-# README tables and pictures, out of the rows in tests/bench/results/ and the registry tests/kinds.py.
+# README tables and pictures, out of the rows in tests/bench/results/ and the registry tests/kinds/.
 figures: $(VENV)/.bench
 	$(BIN)/python -m tests.support
 	$(BIN)/python -m tests.bench.figures

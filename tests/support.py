@@ -1,4 +1,4 @@
-"""README's table of kinds, made from the registry in ``kinds.py``.
+"""README's table of kinds, made from the registry in ``kinds``.
 
     python -m tests.support        writes the table (so does make figures)
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .kinds import FEATURES, MODELS, REFUSED, UNTESTED, Kind
+from .kinds.features import FEATURES
+from .kinds.kind import REFUSED, UNTESTED, Kind
+from .kinds.models import MODELS
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- support: make figures -->\n", "<!-- end of support -->\n"

@@ -7,8 +7,12 @@ import sys
 
 import pytest
 
-from .kinds import KINDS, PLANNED, REFUSED, UNTESTED, WORKS, Kind
+from .kinds.features import FEATURES
+from .kinds.kind import PLANNED, REFUSED, UNTESTED, WORKS, Kind
+from .kinds.models import MODELS
 from .support import ROOT, with_section
+
+KINDS = MODELS + FEATURES
 
 
 @pytest.fixture(scope="module")

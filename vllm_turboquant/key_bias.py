@@ -6,7 +6,7 @@ the bias. Softmax does not see a constant in all keys, so it can be subtracted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,25 +24,34 @@ def bias_bases(model: torch.nn.Module, layers: Mapping[str, Any], max_model_len:
 
     layers: attention modules by name, none of them with soft cap or sinks, which would see the subtracted constant.
     """
-    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
     positional = any(is_rotary(module) for module in model.modules())
     mean_turns: dict[int, torch.Tensor] = {}
     result: dict[str, KeyBasis] = {}
-    for name, layer in layers.items():
-        parent = parents.get(id(layer))
-        biases = None if parent is None else projection_biases(parent, layer.num_heads, layer.num_kv_heads, layer.head_size)
-        rotary = [] if parent is None else [child for child in parent.children() if is_rotary(child)]
+    for name, parent, _, bias in biased_layers(model, layers):
+        rotary = [child for child in parent.children() if is_rotary(child)]
         # Which rotation the keys of such a layer get cannot be told from its modules.
-        if biases is None or len(rotary) > 1 or (positional and not rotary):
+        if len(rotary) > 1 or (positional and not rotary):
             continue
-        mean = biases[1].float()
+        mean = bias.float()
         if rotary:
             if id(rotary[0]) not in mean_turns:
                 mean_turns[id(rotary[0])] = mean_turn(rotary[0], max_model_len).to(mean.device)
             mean = mean @ mean_turns[id(rotary[0])].T
-        eye = torch.eye(layer.head_size).expand(layer.num_kv_heads, -1, -1)
+        eye = torch.eye(mean.shape[1]).expand(len(mean), -1, -1)
         result[name] = key_basis(eye, mean)
     return result
+
+
+def biased_layers(
+    model: torch.nn.Module, layers: Mapping[str, Any]
+) -> Iterator[tuple[str, torch.nn.Module, torch.Tensor, torch.Tensor]]:
+    """Name, module around it and `projection_biases` of those of ``layers`` that have any."""
+    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
+    for name, layer in layers.items():
+        parent = parents.get(id(layer))
+        biases = None if parent is None else projection_biases(parent, layer.num_heads, layer.num_kv_heads, layer.head_size)
+        if parent is not None and biases is not None:
+            yield name, parent, *biases
 
 
 def projection_biases(

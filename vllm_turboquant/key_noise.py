@@ -21,7 +21,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from .config import FLAG, refuse
 from .impl import TurboQuantImpl
 from .kernels.codebook import LEVELS, LEVELS_PER_SIGMA, distortion
-from .key_bias import projection_biases
+from .key_bias import biased_layers
 from .refusals import SKIP_LAYERS
 
 # Nats. Qwen2.5-Coder-1.5B at 4 bits: 49, 2.9, 1.8 and 0.8 in four layers, below 0.4 in all others. Were its bias not
@@ -46,13 +46,10 @@ def logit_noise(query: torch.Tensor, key: torch.Tensor, scale: float, bits: int)
 
 def noisy_layers(model: torch.nn.Module, layers: Mapping[str, Any]) -> dict[str, float]:
     """Those of ``layers``, compressed ones by name, whose `logit_noise` is above `LIMIT` on any rank; and how large it is."""
-    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
     own: dict[str, float] = {}
-    for name, layer in layers.items():
-        parent = parents.get(id(layer))
-        biases = None if parent is None else projection_biases(parent, layer.num_heads, layer.num_kv_heads, layer.head_size)
-        if biases is not None:
-            own[name] = logit_noise(*biases, layer.impl.scale, layer.impl.format.preset.key.bits)
+    for name, _, query, key in biased_layers(model, layers):
+        impl: TurboQuantImpl = layers[name].impl
+        own[name] = logit_noise(query, key, impl.scale, impl.format.preset.key.bits)
     group = get_tp_group()
     ranks: list[dict[str, float]] = [{}] * group.world_size
     torch.distributed.all_gather_object(ranks, own, group=group.cpu_group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import statistics
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from .answers import LOGPROB_TOLERANCE
 from .features import UNCALIBRATED
 from .test_engines import Results, deviations, run_jobs
-from .test_kinds import K4V4, LLM, lines, prompt, write
+from .test_kinds import K4V4, LLM, fresh_prompts, lines, write
 
 QUIET, LOUD = "gpt-oss", "gpt-oss, loud key biases"
 SKIPPED = {"kv_cache_dtype_skip_layers": ["1"]}  # the loud one
@@ -25,10 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(root: Path) -> Results:
-    seed = random.SystemRandom().randrange(2**31)
-    print(f"prompts by seed {seed}")
-    rng = random.Random(seed)
-    asked = {"prompts": [prompt(rng, length) for length in (7, 60, 150)], "max_tokens": 4}
+    asked = {"prompts": fresh_prompts(), "max_tokens": 4}
     jobs = []
     for kind in (QUIET, LOUD):
         for name, options in {"auto": {}, K4V4: UNCALIBRATED, "skipped": UNCALIBRATED | SKIPPED}.items():

@@ -64,13 +64,17 @@ def prompt(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(3, VOCABULARY) for _ in range(length)]
 
 
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
+def fresh_prompts() -> list[list[int]]:
     """Shorter and longer than the windows of 48 tokens and the chunks of 64."""
     seed = random.SystemRandom().randrange(2**31)
     print(f"prompts by seed {seed}")
     rng = random.Random(seed)
     return [prompt(rng, length) for length in (7, 60, 150)]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return fresh_prompts()
 
 
 @pytest.fixture(scope="module")

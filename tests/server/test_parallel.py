@@ -17,7 +17,7 @@ from .features import UNCALIBRATED
 from .harness import LOSSLESS, Flags, Server, ServerPool, side_by_side
 from .shapes import VOCABULARY
 from .test_engines import Results, answers, run_jobs
-from .test_kinds import K4V4, LLM, lines, prompt
+from .test_kinds import K4V4, LLM, fresh_prompts, lines
 from .test_lossless import EXTRA, flags
 from .weights import real_weights
 
@@ -126,10 +126,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipelines(log: Path) -> Results:
-    seed = random.SystemRandom().randrange(2**31)
-    print(f"prompts by seed {seed}")
-    rng = random.Random(seed)
-    job = {"prompts": [prompt(rng, length) for length in (7, 60, 150)], "max_tokens": 24}
+    job = {"prompts": fresh_prompts(), "max_tokens": 24}
     llm = LLM | {"model": real_weights(log, VOCABULARY, DEPTH), "load_format": "auto"}
     engines = {
         "auto": {"kv_cache_dtype": "auto"},
