@@ -12,7 +12,7 @@ extern "C" void run(const Params *params, u32 blocks) {
   launched = params;
   machine::blocks = blocks;
   for (block = 0; block < blocks; block++) {
-    memset(shared, 0xFF, SHARED_BYTES);
+    begin_cta();
     for (int i = 0; i < THREADS; i++) {
       done[i] = false;
       getcontext(&fibers[i]);
@@ -30,5 +30,6 @@ extern "C" void run(const Params *params, u32 blocks) {
         swapcontext(&scheduler, &fibers[i]);
       }
     }
+    end_cta();
   }
 }

@@ -1,4 +1,4 @@
-// ptx.cuh on the CPU: each CUDA thread is a fiber, warp primitives exchange values through memory, copies are immediate.
+// ptx.cuh on the CPU, asynchronous copies apart: each CUDA thread is a fiber, warp primitives exchange values through memory.
 // CTAs run one after another. Shared memory starts as 0xFF bytes: what was never copied is NaN.
 
 #include <math.h>
@@ -201,14 +201,3 @@ DEVICE int arrive(int *p) { return (*p)++; }
 
 DEVICE void launch_dependents() {}
 DEVICE void wait_for_launcher() {}
-DEVICE void barrier_init(u32) {}
-DEVICE void barrier_init_done() {}
-DEVICE void barrier_expect(u32, u32) {}
-DEVICE void barrier_wait(u32, u32) {}
-DEVICE void copy_bulk(u32 target, const u8 *source, u32 bytes, u32) {
-  if (target % 16 || (u64)source % 16 || bytes % 16) abort();
-  memcpy(shared + target, source, bytes);
-}
-DEVICE void copy_16(u32 target, const u8 *source) { copy_bulk(target, source, 16, 0); }
-DEVICE void copies_commit() {}
-template <int PENDING> DEVICE void copies_wait() {}
