@@ -68,15 +68,17 @@ def forced_logits(llm, texts):
 
 
 def divergence(logits, path):
-    """Mean KL of the next token in nats, from the logits in ``path`` to ``logits``."""
+    """Mean KL of the next token in nats, from the logits in ``path`` to ``logits``: of each text, but for its first token, which
+    is its request's prompt and attends to itself before it is coded.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = 0.0
-    for reference, ours in zip(torch.load(path, mmap=True), logits, strict=True):
+    total = torch.zeros(logits.shape[1], dtype=torch.float64)
+    for reference, ours in zip(torch.load(path, mmap=True)[1:], logits[1:], strict=True):
         p, q = (x.to(device).double().log_softmax(-1) for x in (reference, ours))
-        total += float((p.exp() * (p - q)).sum(-1).mean())
-    return total / len(logits)
+        total += (p.exp() * (p - q)).sum(-1).cpu()
+    return (total / (len(logits) - 1)).tolist()
 
 
 def main() -> None:

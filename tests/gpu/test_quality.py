@@ -35,10 +35,20 @@ def auto_logits(smollm2, folder):
 
 
 def reference_divergence(path, texts, preset, bases=None):
-    """KL of the same model in plain torch whose attention reads keys and values through ``kernels.reference``'s pages."""
+    """`run_llm.divergence` of the same model in plain torch whose attention reads through ``kernels.reference``'s pages."""
     case = Case(preset, calibrated=bases is not None, window=PRESETS[preset].recent)
     (result,) = divergences(EvaluatedModel(str(path)), [case], list(texts), bases)
-    return result.figures()["kl"]
+    return torch.cat(result.kl).view(len(texts), -1)[:, 1:].mean(1)
+
+
+def compare(label, ours, theirs):
+    """Both round what they code in ways of their own, which moves codes: a text's divergence by some percent, up or down."""
+    difference = torch.tensor(ours, dtype=torch.float64) - theirs
+    mean, error = difference.mean() / theirs.mean(), difference.std() / len(theirs) ** 0.5 / theirs.mean()
+    print(f"{label}: KL to auto {sum(ours) / len(ours):.4f}, the reference's {theirs.mean():.4f}: {mean:+.2%} +- {error:.2%}")
+    assert error < 0.02, "too few texts to tell"
+    # One false alarm in 2,000 runs; half a percent for what a mean over texts hides.
+    assert abs(mean) < 0.005 + 3.5 * error
 
 
 def by_layer(bases):
@@ -48,11 +58,9 @@ def by_layer(bases):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_divergence_is_the_references(smollm2, folder, auto_logits, preset):
-    """Teacher-forced, every token read from compressed blocks. 24,000 tokens: chance moves a mean by about 1%."""
+    """Teacher-forced, every token read from compressed blocks."""
     ours = forced(smollm2, folder, preset, against=auto_logits)["kl"]
-    theirs = reference_divergence(smollm2, torch.load(folder / "texts.pt"), preset)
-    print(f"{preset}: KL to auto {ours:.4f}, reference {theirs:.4f}, ratio {ours / theirs:.4f}")
-    assert abs(ours / theirs - 1) < 0.02
+    compare(preset, ours, reference_divergence(smollm2, torch.load(folder / "texts.pt"), preset))
 
 
 def kept_bases(root):
@@ -70,14 +78,11 @@ def test_calibrated_divergence_is_the_references(smollm2, folder, auto_logits, p
     options = EAGER | {"additional_config": {}}
     ours = forced(smollm2, folder, preset, against=auto_logits, options=options, env={"VLLM_CACHE_ROOT": str(root)})["kl"]
     texts = torch.load(folder / "texts.pt")
-    theirs = reference_divergence(smollm2, texts, preset, kept_bases(root))
-    plain = reference_divergence(smollm2, texts, preset)
-    print(
-        f"{preset}, calibrated: KL to auto {ours:.4f}, reference {theirs:.4f} (ratio {ours / theirs:.4f}), data-free {plain:.4f}"
-    )
-    assert abs(ours / theirs - 1) < 0.02
+    compare(f"{preset}, calibrated", ours, reference_divergence(smollm2, texts, preset, kept_bases(root)))
+    plain = float(reference_divergence(smollm2, texts, preset).mean())
+    print(f"data-free {plain:.4f}")
     # On random token ids, as no tokenizer is loaded; on text it is a quarter.
-    assert ours < 0.6 * plain
+    assert sum(ours) / len(ours) < 0.6 * plain
 
 
 @pytest.mark.parametrize("preset", ("turboquant", "turboquant-k3v3"))
@@ -92,15 +97,13 @@ def test_calibrated_graphs_lose_no_more(smollm2, folder, preset):
     options = GRAPHS | {"additional_config": {}}
     job = {"against": logits, "forced": texts, "options": options, "env": {"VLLM_CACHE_ROOT": str(root)}}
     ours = forced(smollm2, folder, preset, **job)["kl"]
-    theirs = reference_divergence(smollm2, torch.load(texts), preset, kept_bases(root))
-    print(f"{preset}, calibrated, graphs: KL to auto {ours:.4f}, reference {theirs:.4f} (ratio {ours / theirs:.4f})")
-    # 19,000 tokens, of fewer texts: chance moves a mean by about 1.5%.
-    assert abs(ours / theirs - 1) < 0.04
+    compare(f"{preset}, calibrated, graphs", ours, reference_divergence(smollm2, torch.load(texts), preset, kept_bases(root)))
 
 
 def test_lossless_codec_adds_nothing(smollm2, folder, auto_logits):
     """What two engines' rounding alone costs: far below every preset's loss."""
-    kl = forced(smollm2, folder, LOSSLESS, against=auto_logits)["kl"]
+    texts = forced(smollm2, folder, LOSSLESS, against=auto_logits)["kl"]
+    kl = sum(texts) / len(texts)
     print(f"lossless: KL to auto {kl:.1e}")
     assert kl < 1e-4
 
