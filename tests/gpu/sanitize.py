@@ -9,8 +9,9 @@ project's kernels and copies.
 
 What racecheck may say: once in some hundred pairs of units that a bulk copy brought, a warning that the warp's reads are not
 synchronised with it ("invalid async operation synchronization"), never an error. It does not follow every ``cp.async.bulk``
-through its mbarrier, which FlashAttention's authors found as well; ``copies`` has no warnings. That each lane waits for each copy,
-and no copy starts before the last read, is checked where copies land as late as they may: `tests/kernels/emulator_copies.h`.
+through its mbarrier, which FlashAttention's authors found as well; ``copies`` has no warnings. That each lane waits for each
+copy, and no copy starts before the last read, is checked where copies land as late as they may:
+`tests/kernels/emulator_copies.h`.
 """
 
 import sys
