@@ -104,10 +104,11 @@ class Serving:
             write_tokens(pages, torch.tensor(slots, dtype=torch.int64), raw | self.rng.choice((0, 0xFF)), layer.impl.format)
 
     def serve(self, steps: int) -> None:
-        for _ in range(steps):
+        aborts = set(self.rng.sample(range(steps // 10, steps), max(3, steps // 100)))
+        for step in range(steps):
             while len(self.running) < RUNNING and self.rng.random() < 0.4:
                 self.ask()
-            if self.running and self.rng.random() < 0.01:
+            if self.running and step in aborts:
                 name = self.rng.choice(sorted(self.running))
                 self.engine.abort_request([name])
                 self.running.discard(name)

@@ -175,6 +175,7 @@ _PACKED = _LLAMA | {"hidden_size": 256, "intermediate_size": 256}
 
 # Models that serve to show something else.
 HELPERS: dict[str, dict[str, Any]] = {
+    "gemma 4, nothing shared": SHAPES["gemma 4"] | {"num_kv_shared_layers": 0},
     "gpt-oss, loud key biases": SHAPES["gpt-oss"] | {"amplified": {"layers.1.attn.qkv_proj.bias": 6.0}},
     "target": _TARGET,
     "drafter": _DRAFT,
