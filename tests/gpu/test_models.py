@@ -4,7 +4,6 @@ The tiny models of `server/test_kinds.py` and `server/test_features.py`, in bf16
 its own, half a minute for the first: run with ``-n 8``.
 """
 
-import random
 import re
 import statistics
 
@@ -17,53 +16,37 @@ from .engines import LOSSLESS
 pytest.importorskip("vllm")
 
 from ..server import images
-from ..server.features import NGRAM, REGEX, SKIPPED, UNCALIBRATED
-from ..server.shapes import HELPERS, SHAPES
-from ..server.test_engines import deviations, run_jobs
-from ..server.test_kinds import K4V4, LLM, STATES, lines, prompt, write
+from ..server.features import CROWDED, REGEX, SEEING, SKIPPED, TARGET, UNCALIBRATED, Jobs, example_connector, speculative
+from ..server.shapes import SHAPES, VOCABULARY
+from ..server.test_engines import deviations
+from ..server.test_kinds import K4V4, LLM, OPTIONS, lines, prompt
 from ..server.weights import adapter, real_weights
 
 pytestmark = pytest.mark.gpu
 DTYPES = ("auto", LOSSLESS, K4V4)
-CARD = {"dtype": "bfloat16", "kv_cache_memory_bytes": 64 << 20}
+CARD = LLM | {"dtype": "bfloat16", "kv_cache_memory_bytes": 64 << 20}
 # Layers that read another layer's cache are refused on a GPU.
 KINDS = (*(kind for kind in SHAPES if kind not in ("llama", "gemma 3n", "gemma 4")), "gemma 4, nothing shared")
-OPTIONS = {"nemotron h": STATES, "llama 4": {"max_model_len": 1024}, "qwen 3 next": STATES}
 # bf16 keeps 8 bits: attention that is rounded at other places moves most log-probabilities of these models by a few hundredths,
-# and a token whose two best experts are equally good by more.
+# and a token whose two best experts are equally good by more. Two tokens that are both moved change places at twice as much.
 TOLERANCE = 0.1
 
 
-class Engines:
-    """Runs jobs of one process; ``results`` by name."""
-
-    def __init__(self, root, seed):
-        self.root, self.rng, self.jobs = root, random.Random(seed), []
-        motif = self.tokens(9)
-        self.prompts = [*(self.tokens(length) for length in (7, 60, 150, 33)), motif * 9]
-
-    def tokens(self, length):
-        return prompt(self.rng, length)
-
-    def add(self, name, kind, kv, job=None, **llm):
-        small = (SHAPES | HELPERS)[kind].get("vocab_size", 512)
-        prompts = [[token % (small - 3) + 3 for token in one] for one in self.prompts]
-        engine = LLM | CARD | OPTIONS.get(kind, {}) | {"model": write(kind, self.root), "kv_cache_dtype": kv} | llm
-        self.jobs.append({"name": name, "prompts": prompts, "max_tokens": 24, "llm": engine} | (job or {}))
+class Engines(Jobs):
+    """Those of one test: ``run`` starts them in one process, and results are by name."""
 
     def each(self, kind, job=None, dtypes=DTYPES, **llm):
         """One engine a dtype, named by it."""
         for kv in dtypes:
-            self.add(kv, kind, kv, job, **llm)
+            self.add(kv, kind, kv, job, **OPTIONS.get(kind, {}) | llm)
 
     def run(self):
-        self.results = run_jobs(self.jobs, self.root, VLLM_USE_FLASHINFER_SAMPLER="0", OMP_NUM_THREADS="2")
-        return self.results
+        return super().run(VLLM_USE_FLASHINFER_SAMPLER="0", OMP_NUM_THREADS="2")
 
 
 @pytest.fixture
 def engines(tmp_path, seed):
-    return Engines(tmp_path, seed)
+    return Engines(tmp_path, seed, CARD)
 
 
 def check_near(ours, plain):
@@ -74,18 +57,18 @@ def check_near(ours, plain):
         for key, common in (("prompt_logprobs", None), ("logprobs", parted)):
             moved += [abs(x - y) for x, y in zip(a[key][:common], b[key][:common], strict=True)]
         if parted is not None:
-            assert b["gaps"][parted] < 3 * TOLERANCE, f"parted at token {parted}, which was {b['gaps'][parted]:.2g} ahead"
+            assert b["gaps"][parted] < 2 * TOLERANCE, f"parted at token {parted}, which was {b['gaps'][parted]:.2g} ahead"
     print(f"log-probabilities moved by at most {max(moved):.2g}, by {statistics.mean(moved):.2g} on average")
     assert sorted(moved)[int(0.9 * len(moved))] < TOLERANCE
     return statistics.mean(moved)
 
 
-def check(results, plain="auto"):
-    """Every layer in our pages, raw numbers near the plain engine's, codes further away: the comparison can fail."""
+def check(results):
+    """Every layer in our pages, raw numbers near `auto`'s, codes further away: the comparison can fail."""
     for kv in (LOSSLESS, K4V4):
         assert set(results[kv]["layers"].values()) == {kv}
-    raw = check_near(results[LOSSLESS]["answers"], results[plain]["answers"])
-    coded = statistics.mean(deviations(results, K4V4, plain))
+    raw = check_near(results[LOSSLESS]["answers"], results["auto"]["answers"])
+    coded = statistics.mean(deviations(results, K4V4, "auto"))
     print(f"codes move them by {coded:.2g}")
     assert coded > 3 * raw
 
@@ -96,11 +79,13 @@ def test_kinds(kind, engines):
     check(engines.run())
 
 
-@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != K4V4])
-def test_hybrids_start_with_any_preset(preset, engines):
-    engines.each("qwen 3 next", dtypes=(preset,))
-    found = engines.run()[preset]
-    assert set(found["layers"].values()) == {preset} and all(len(a["tokens"]) == 24 for a in found["answers"])
+def test_hybrids_start_with_any_preset(engines):
+    presets = [preset for preset in PRESETS if preset != K4V4]
+    engines.each("qwen 3 next", dtypes=presets)
+    results = engines.run()
+    for preset in presets:
+        assert set(results[preset]["layers"].values()) == {preset}
+        assert all(len(answer["tokens"]) == 24 for answer in results[preset]["answers"])
 
 
 def test_loud_key_biases(engines):
@@ -112,7 +97,7 @@ def test_loud_key_biases(engines):
     (name,) = (name for name, preset in results["rule"]["layers"].items() if preset is None)
     assert ".1." in name
     check_near(results["rule"]["answers"], results["by hand"]["answers"])
-    assert statistics.mean(deviations(results, "rule", "auto")) > 0.001
+    assert statistics.mean(deviations(results, "rule", "auto")) > 0.001  # the other layers' codes: 0.03 and more in float32
 
 
 @pytest.mark.parametrize("kind", ("awq", "gptq", "fp8"))
@@ -123,11 +108,9 @@ def test_quantised_weights(kind, engines):
 
 def test_images(engines, smollm2):
     folder, image = images.write(engines.root, smollm2)
-    before, after = engines.tokens(9), engines.tokens(70)
-    asked = {"prompts": [[*before, image, *after]] * 2 + [engines.tokens(60)], "images": [1, 2, None]}
-    engines.each(
-        "llama", asked, model=folder, skip_tokenizer_init=False, limit_mm_per_prompt={"image": 1}, mm_processor_cache_gb=0
-    )
+    before, after = prompt(engines.rng, 9), prompt(engines.rng, 70)
+    asked = {"prompts": [[*before, image, *after]] * 2 + [prompt(engines.rng, 60)], "images": [1, 2, None]}
+    engines.each("llama", asked, model=folder, **SEEING)
     results = engines.run()
     first, second, _ = results["auto"]["answers"]
     assert first["tokens"] != second["tokens"], "the model does not see"
@@ -144,7 +127,7 @@ def test_skipped_layers(skip, engines):
     assert kept == SKIPPED[skip]
 
 
-DRAFTERS = {"ngram": ("target", None), "eagle": ("target", "eagle"), "eagle3": ("target", "eagle 3"), "mtp": ("glm 4 moe", None)}
+DRAFTERS = {"ngram": (TARGET, None), "eagle": (TARGET, "eagle"), "eagle3": (TARGET, "eagle 3"), "mtp": ("glm 4 moe", None)}
 
 
 @pytest.mark.parametrize("drafts", (1, 3, 7))
@@ -152,17 +135,16 @@ DRAFTERS = {"ngram": ("target", None), "eagle": ("target", "eagle"), "eagle3": (
 def test_speculation(method, drafts, engines):
     """Short blocks, and requests that wait for others to end and join those that run."""
     kind, drafter = DRAFTERS[method]
-    options = {"method": method, "num_speculative_tokens": drafts}
-    options |= {"model": write(drafter, engines.root)} if drafter else NGRAM if method == "ngram" else {}
+    config = speculative(method, drafter, drafts, engines.root)
     engines.each(kind, dtypes=("auto",))
-    engines.each(kind, dtypes=(LOSSLESS, K4V4), speculative_config=options, disable_log_stats=False, max_num_seqs=3)
+    engines.each(kind, dtypes=(LOSSLESS, K4V4), speculative_config=config, disable_log_stats=False, **CROWDED)
     results = engines.run()
     check(results)
     for kv in (LOSSLESS, K4V4):
         assert results[kv]["metrics"]["spec_decode_num_draft_tokens"] > results[kv]["metrics"]["spec_decode_num_accepted_tokens"]
 
 
-@pytest.mark.parametrize("kind", ("target", "gemma 3"))
+@pytest.mark.parametrize("kind", (TARGET, "gemma 3"))
 def test_prefixes(kind, engines):
     """Asked again from reused blocks, and once more after these were given up."""
     asked = {"given": False, "max_tokens": 8, "then": ["ask again", "reset the prefix cache"]}
@@ -179,7 +161,7 @@ def test_prefixes(kind, engines):
 
 def test_prefixes_beside_states(engines):
     """A prompt that is shorter than a block of states is found again in steps of 16 tokens, where the option asks for it."""
-    asked = {"prompts": [engines.tokens(1000)], "max_tokens": 8, "given": False, "then": ["ask again"]}
+    asked = {"prompts": [prompt(engines.rng, 1000)], "max_tokens": 8, "given": False, "then": ["ask again"]}
     options = {"max_model_len": 4096, "max_num_batched_tokens": 1024, "enable_prefix_caching": True, "prefix_match_unit": 16}
     engines.each("qwen 3 next", asked, dtypes=(LOSSLESS, K4V4), disable_log_stats=False, **options)
     results = engines.run()
@@ -216,6 +198,8 @@ def test_embeddings(engines, smollm2):
         return [sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) ** 0.5 for a, b in zip(ours, plain, strict=True)]
 
     print(f"unit vectors apart: raw {max(apart(raw)):.2g}, codes {max(apart(codes)):.2g}")
+    # bf16 keeps 8 bits, 0.004, in each of two layers; on a CPU raw pages moved these by 0.003 and codes by 0.17. A vector that
+    # owes nothing to what was asked is 1.4 away.
     assert max(apart(raw)) < 0.05 and max(apart(raw)) < max(apart(codes)) < 0.7
 
 
@@ -230,13 +214,10 @@ def test_adapter(engines):
 
 
 def test_weights_read_again(engines):
-    real = {"model": real_weights(engines.root, 512), "load_format": "auto"}
+    real = {"model": real_weights(engines.root, VOCABULARY), "load_format": "auto"}
     engines.each("llama", {"then": ["reload the weights"]}, dtypes=(LOSSLESS, K4V4), **real)
     for found in engines.run().values():
         check_near(found["then"][0], found["answers"])
-
-
-EXAMPLE = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 
 @pytest.mark.parametrize("where", ("storage", "offloading"))
@@ -246,11 +227,10 @@ def test_blocks_come_back_from_elsewhere(where, engines):
     options = UNCALIBRATED | {"max_num_batched_tokens": 512, "disable_log_stats": False}
     for kv in (LOSSLESS, K4V4):
         if where == "storage":
-            folder = {"shared_storage_path": str(engines.root / kv)}
-            options |= {"kv_transfer_config": EXAMPLE | {"kv_connector_extra_config": folder}}
+            options |= {"kv_transfer_config": example_connector(engines.root / kv)}
         else:
             options |= {"kv_offloading_size": 1.0, "kv_offloading_backend": "native"}
-        engines.add(kv, "target", kv, asked, **options)
+        engines.add(kv, TARGET, kv, asked, **options)
     for found in engines.run().values():
         assert found["metrics"]["external_prefix_cache_hits"] > 128
         check_near(found["then"][0], found["answers"])

@@ -27,8 +27,8 @@ def folder():
 @functools.cache
 def compiled(variant):
     """The variant's ``run(params, blocks)``."""
-    machine = [(HERE / name).read_text() for name in ("emulator.h", "emulator_copies.h", "emulator.cc")]
-    text = "\n".join([*machine[:2], *(source(name) for name in variant.sources if name != "ptx"), machine[2]])
+    machine, copies, runner = ((HERE / name).read_text() for name in ("emulator.h", "emulator_copies.h", "emulator.cc"))
+    text = "\n".join([machine, copies, *(source(name) for name in variant.sources if name != "ptx"), runner])
     macros = {"SHARED_BYTES": "1"} | variant.macros() | {"ENTRY": variant.entry}
     options = [f"-D{name}={value}" for name, value in macros.items()]
     name = hashlib.sha256(repr((text, options)).encode()).hexdigest()[:16]

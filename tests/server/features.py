@@ -39,10 +39,10 @@ SKIPPED = {
 
 
 class Jobs:
-    """Engines to run, by name."""
+    """Engines to run, by name. base: what they have in common, beside model and dtype."""
 
-    def __init__(self, root: Path, seed: int) -> None:
-        self.root, self.rng, self.jobs = root, random.Random(seed), {}
+    def __init__(self, root: Path, seed: int, base: dict[str, Any] = LLM) -> None:
+        self.root, self.rng, self.base, self.jobs = root, random.Random(seed), base, {}
         self.prompts = [prompt(self.rng, length) for length in (7, 60, 150, 33)]
         motif = prompt(self.rng, 9)
         self.prompts.append(motif * 9)  # which n-grams predict
@@ -50,11 +50,23 @@ class Jobs:
     def add(self, name: str, kind: str, kv: str, job: dict[str, Any] | None = None, **llm: Any) -> None:
         small = VOCABULARY if kind not in (TARGET, "glm 4 moe") else 16
         prompts = [[token % (small - 3) + 3 for token in one] for one in self.prompts]
-        engine = LLM | {"model": write(kind, self.root), "kv_cache_dtype": kv} | llm
+        engine = self.base | {"model": write(kind, self.root), "kv_cache_dtype": kv} | llm
         self.jobs[name] = {"name": name, "prompts": prompts, "max_tokens": 24, "llm": engine} | (job or {})
 
-    def run(self) -> Results:
-        return run_jobs(list(self.jobs.values()), self.root, VLLM_CACHE_ROOT=str(self.root / "cache"))
+    def run(self, **environment: str) -> Results:
+        return run_jobs(list(self.jobs.values()), self.root, **environment)
+
+
+def example_connector(folder: Path) -> dict[str, Any]:
+    """vLLM's ``kv_transfer_config`` of pages in a folder."""
+    storage = {"shared_storage_path": str(folder)}
+    return {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": storage}
+
+
+def speculative(method: str, drafter: str | None, drafts: int, root: Path) -> dict[str, Any]:
+    """vLLM's ``speculative_config``; drafter: the kind of its model, if it has one of its own."""
+    own = {"model": write(drafter, root)} if drafter else NGRAM if method == "ngram" else {}
+    return {"method": method, "num_speculative_tokens": drafts} | own
 
 
 def run(root: Path, seed: int, smollm2: Path) -> Results:
@@ -63,8 +75,7 @@ def run(root: Path, seed: int, smollm2: Path) -> Results:
     for kind in ("llama", TARGET, "glm 4 moe", "gemma 3"):
         jobs.add(f"{kind}/auto", kind, "auto")
     for case, (kind, drafter, drafts) in SPECULATION.items():
-        method = {"method": case.rpartition(",")[0].replace(" ", "_"), "num_speculative_tokens": drafts}
-        method |= {"model": write(drafter, root)} if drafter else NGRAM if case.startswith("ngram") else {}
+        method = speculative(case.rpartition(",")[0].replace(" ", "_"), drafter, drafts, root)
         for dtype in BOTH if drafts == CODED else (LOSSLESS,):
             jobs.add(f"{case}/{dtype}", kind, dtype, speculative_config=method, disable_log_stats=False, **CROWDED)
     for dtype in ("auto", *BOTH):
@@ -87,8 +98,7 @@ def run(root: Path, seed: int, smollm2: Path) -> Results:
         jobs.add(f"own cache/{dtype}", "own cache", dtype)
         for skip in SKIPPED:
             jobs.add(f"skip {skip}/{dtype}", "gemma 3", dtype, kv_cache_dtype_skip_layers=skip.split())
-        storage = {"shared_storage_path": str(root / f"storage-{dtype}")}
-        connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": storage}
+        connector = example_connector(root / f"storage-{dtype}")
         # vLLM's example stores whole prompts only.
         whole = {"max_num_batched_tokens": 512, "kv_transfer_config": connector, "disable_log_stats": False} | UNCALIBRATED
         jobs.add(f"storage/{dtype}", "llama", dtype, {"given": False, "then": ["reset the prefix cache"]}, **whole)
@@ -104,4 +114,4 @@ def run(root: Path, seed: int, smollm2: Path) -> Results:
     jobs.add("states/turboquant", "qwen 3 next", K4V4, long, **states)
     jobs.add("finer states/turboquant", "qwen 3 next", K4V4, long, **states, prefix_match_unit=16)
     jobs.add("plain/turboquant", "llama", K4V4, {"given": False}, max_num_batched_tokens=512, **UNCALIBRATED)
-    return jobs.run()
+    return jobs.run(VLLM_CACHE_ROOT=str(root / "cache"))

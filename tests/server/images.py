@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .shapes import seeing
+from .helper_shapes import seeing
 
 SIZE, PATCH, SCALE = 56, 14, 2  # pixels of an image and of a patch; patches of a token in each direction
 TOKENS = (SIZE // PATCH // SCALE) ** 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 VOCABULARY = 512
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -23,12 +23,10 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
     "dtype": "float32",
 }
-# So few tokens that a draft of random weights is right now and then.
-_FEW = {"vocab_size": 16}
-_LLAMA = _COMMON | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 64}
+LLAMA = COMMON | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 64}
 _WINDOW = 48
 _ALTERNATING = ["sliding_attention", "full_attention"] * 2
-_GEMMA = _COMMON | {
+_GEMMA = COMMON | {
     "num_hidden_layers": 4,
     "head_dim": 64,
     "hidden_activation": "gelu_pytorch_tanh",
@@ -41,11 +39,11 @@ _MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
 
 
 def _llama(head_dim: int, kv_heads: int) -> dict[str, Any]:
-    return _LLAMA | {"head_dim": head_dim, "num_key_value_heads": kv_heads}
+    return LLAMA | {"head_dim": head_dim, "num_key_value_heads": kv_heads}
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
+    "llama": LLAMA,
     "head 80, MHA": _llama(80, 4),
     "head 96, MQA": _llama(96, 1),
     "head 112": _llama(112, 2),
@@ -85,7 +83,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
         "tie_word_embeddings": True,
     },
-    "gpt-oss": _COMMON
+    "gpt-oss": COMMON
     | {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
@@ -104,7 +102,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 1024,
         },
     },
-    "mixtral": _COMMON
+    "mixtral": COMMON
     | {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -112,8 +110,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "head_dim": 64,
     },
-    "qwen 3 moe": _COMMON | _MOE | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 64},
-    "nemotron h": _COMMON
+    "qwen 3 moe": COMMON | _MOE | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 64},
+    "nemotron h": COMMON
     | {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
@@ -135,7 +133,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mamba_proj_bias": False,
         "mlp_bias": False,
     },
-    "qwen 3 next": _COMMON
+    "qwen 3 next": COMMON
     | _MOE
     | {
         "architectures": ["Qwen3NextForCausalLM"],
@@ -150,7 +148,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "linear_conv_kernel_dim": 4,
         "shared_expert_intermediate_size": 32,
     },
-    "llama 4": _COMMON
+    "llama 4": COMMON
     | {
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
@@ -167,93 +165,3 @@ SHAPES: dict[str, dict[str, Any]] = {
         "attn_temperature_tuning": False,
     },
 }
-
-_TARGET = _LLAMA | _FEW | {"num_hidden_layers": 8}
-_DRAFT = _TARGET | {"num_hidden_layers": 1}
-_FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
-_PACKED = _LLAMA | {"hidden_size": 256, "intermediate_size": 256}
-
-# Models that serve to show something else.
-HELPERS: dict[str, dict[str, Any]] = {
-    "gemma 4, nothing shared": SHAPES["gemma 4"] | {"num_kv_shared_layers": 0},
-    "gpt-oss, loud key biases": SHAPES["gpt-oss"] | {"amplified": {"layers.1.attn.qkv_proj.bias": 6.0}},
-    "target": _TARGET,
-    "drafter": _DRAFT,
-    "eagle": _DRAFT | {"architectures": ["EagleLlamaForCausalLM"]},
-    "eagle 3": _DRAFT | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 16},
-    "glm 4 moe": _COMMON
-    | _FEW
-    | {
-        "architectures": ["Glm4MoeForCausalLM"],
-        "model_type": "glm4_moe",
-        "num_nextn_predict_layers": 1,
-        "head_dim": 64,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "moe_intermediate_size": 32,
-        "first_k_dense_replace": 1,
-        "attention_bias": True,
-        "use_qk_norm": True,
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.0,
-        "norm_topk_prob": True,
-        "partial_rotary_factor": 0.5,
-        "hidden_act": "silu",
-    },
-    "awq": _PACKED
-    | {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}},
-    "gptq": _PACKED
-    | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}},
-    "fp8": _LLAMA
-    | {
-        "quantization_config": {
-            "quant_method": "compressed-tensors",
-            "format": "float-quantized",
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": _FP8 | {"strategy": "channel", "dynamic": False},
-                    "input_activations": _FP8 | {"strategy": "token", "dynamic": True},
-                }
-            },
-            "ignore": ["lm_head"],
-        }
-    },
-    "own cache": _LLAMA
-    | {
-        "quantization_config": {
-            "quant_method": "compressed-tensors",
-            "format": "float-quantized",
-            "kv_cache_scheme": _FP8 | {"strategy": "tensor", "dynamic": False},
-            "config_groups": {},
-            "ignore": ["lm_head"],
-        }
-    },
-    "words": _LLAMA | {"vocab_size": 49152},  # SmolLM2's
-}
-
-
-def seeing(words: int, image: int, size: int, patch: int, scale: int) -> dict[str, Any]:
-    """Idefics 3 over a vocabulary of ``words``, with ``image`` the token of its images."""
-    vision = {
-        "model_type": "idefics3_vision",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": size,
-        "patch_size": patch,
-    }
-    return {
-        "architectures": ["Idefics3ForConditionalGeneration"],
-        "model_type": "idefics3",
-        "text_config": _LLAMA | {"vocab_size": words},
-        "vision_config": vision,
-        "image_token_id": image,
-        "scale_factor": scale,
-        "dtype": "float32",
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-    }

@@ -18,7 +18,8 @@ from tests.plugin.facts import slot_bytes
 
 from .answers import LOGPROB_TOLERANCE, assert_same
 from .harness import LOSSLESS
-from .shapes import HELPERS, SHAPES, VOCABULARY
+from .helper_shapes import HELPERS
+from .shapes import SHAPES, VOCABULARY
 from .test_engines import Results, answers, deviations, run_jobs
 
 K4V4 = "turboquant"
