@@ -25,7 +25,7 @@ from vllm.v1.attention.backend import AttentionType
 from .calibration_file import CalibrationFileError, Identity, configured_identity, fingerprint, load, mismatch, save
 from .calibration_run import RECIPE, run_model
 from .config import AUTO, OFF, TurboQuantSettings, refuse_calibration_file
-from .impl import TurboQuantImpl
+from .impl import TurboQuantImpl, shared_layers
 from .kernels import private
 from .kernels.basis import KeyBasis
 from .key_bias import bias_bases
@@ -64,7 +64,8 @@ def calibrate_worker(worker: Any) -> tuple[Path | None, str]:
         if noisy:
             _log("TurboQuant: %s", keep_exact(noisy, layers, config), warn=True)
             layers = {name: layer for name, layer in layers.items() if _coded(layer.impl)}
-    _set(layers, bases, worker)
+    readers = {name: context[name] for name, target in shared_layers(config).items() if target in layers}
+    _set(layers | {name: layer for name, layer in readers.items() if _coded(getattr(layer, "impl", None))}, bases, worker)
     return path, keys
 
 
@@ -87,9 +88,9 @@ def _from_weights(config: VllmConfig, model: torch.nn.Module, layers: Mapping[st
 
 
 def _set(layers: Mapping[str, Any], bases: Bases, worker: Any) -> None:
+    placed = {name: basis.to(worker.device) for name, basis in bases.items()}
     for name, layer in layers.items():
-        basis = bases.get(layer.kv_sharing_target_layer_name or name)
-        layer.impl.basis = None if basis is None else basis.to(worker.device)
+        layer.impl.basis = placed.get(layer.kv_sharing_target_layer_name or name)
     if worker.device.type == "cuda":
         # What vLLM measured while it loaded the weights does not have them; they come out of the KV cache's share too.
         own = {id(layer.impl.basis): layer.impl.basis for layer in layers.values() if layer.impl.basis is not None}

@@ -16,6 +16,7 @@ from .kernels import recent_reference, reference
 from .kernels.basis import KeyBasis
 from .kernels.format import DEFAULT_PRESET, PageFormat, page_format, scale_group
 from .kernels.recent_claim import RecentUnits
+from .refusals import check_prefill
 from .step import step_metadata
 
 if TYPE_CHECKING:
@@ -57,9 +58,8 @@ class TurboQuantImpl(AttentionImpl):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        if kv_sharing_target_layer_name is not None and current_platform.is_cuda():
-            reason = "layers that share another layer's cache are not computed on a GPU yet"
-            raise refuse(FLAG, self.preset, reason, SERVE_PLAIN)
+        if current_platform.is_cuda():
+            check_prefill(self.preset, head_size)
         if alibi_slopes is not None:
             raise refuse(
                 FLAG,
@@ -214,9 +214,9 @@ class TurboQuantImpl(AttentionImpl):
         if meta.prefill is not None:
             from .prefill import attend_prefill
 
-            assert key is not None and value is not None, "layers that share another's cache are refused on a GPU"
             rows = slice(meta.prefill.start, meta.prefill.start + meta.prefill.tokens)
-            attend_prefill(self, meta.prefill, query[rows], key[rows], value[rows], kv_cache, meta.block_table, out[rows])
+            raw = None if key is None or value is None else (key[rows], value[rows])
+            attend_prefill(self, meta.prefill, query[rows], raw, kv_cache, meta.block_table, out[rows])
 
 
 def compressed_layers(vllm_config: VllmConfig, names: Collection[str] | None = None) -> list[TurboQuantImpl]:
@@ -224,3 +224,10 @@ def compressed_layers(vllm_config: VllmConfig, names: Collection[str] | None = N
     layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
     impls = [getattr(layer, "impl", None) for name, layer in layers.items() if names is None or name in names]
     return [impl for impl in impls if isinstance(impl, TurboQuantImpl)]
+
+
+def shared_layers(vllm_config: VllmConfig) -> dict[str, str]:
+    """Attention layers that read another layer's cache, a drafter's included, and the name of that one."""
+    layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
+    targets = {name: getattr(layer, "kv_sharing_target_layer_name", None) for name, layer in layers.items()}
+    return {name: target for name, target in targets.items() if target is not None}

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, Att
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .config import FLAG, OFF, refuse
-from .impl import compressed_layers
+from .impl import compressed_layers, shared_layers
 from .kernels.recent_claim import RecentUnits
 from .plan import PrefillPlan, drafts_with_a_model, plan_prefill
 from .recent import RecentWindow, reserve_pools
@@ -55,7 +55,8 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.on_gpu = device.type == "cuda"
         self.inexact = 0
-        bases = [impl.basis for impl in compressed_layers(vllm_config, layer_names)]
+        writers = set(layer_names) - shared_layers(vllm_config).keys()
+        bases = [impl.basis for impl in compressed_layers(vllm_config, writers)]
         self.by_position = any(basis is not None and basis.buckets > 1 for basis in bases)
         reserve_pools(vllm_config, device)
         self.recent = RecentWindow.of(vllm_config, layer_names, device)

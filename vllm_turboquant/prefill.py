@@ -1,5 +1,7 @@
 """Prefill on a GPU: new tokens attend to their own raw keys and values, older context is decoded range by range.
 
+A layer that shares another layer's cache is given none of its own and reads new tokens from the pages too.
+
 Everything goes through FlashAttention; parts are merged by log-sum-exp. What is decoded when is planned once a step, per
 request, and the same plan serves first chunks, continuations, prefix hits and mixed batches in every layer.
 """
@@ -21,21 +23,24 @@ def attend_prefill(
     layer: TurboQuantImpl,
     plan: PrefillPlan,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    raw: tuple[torch.Tensor, torch.Tensor] | None,
     cache: torch.Tensor,
     block_table: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Causal attention of the batch's prefills; query, key, value, out are the prefills' own rows ``[T, H, d]``.
+    """Causal attention of the batch's prefills; query and out are the prefills' own rows ``[T, H, d]``.
 
-    block_table: int32 ``[R, *]`` of the whole batch. Writes all of ``out``. The workspace holds `workspace.CONTEXT_BYTES` of
-    decoded context, whatever the context's length.
+    raw: their keys and values, or None where another layer has stored them. block_table: int32 ``[R, *]`` of the whole batch.
+    Writes all of ``out``. The workspace holds `workspace.CONTEXT_BYTES` of decoded context, whatever the context's length.
     """
     from .workspace import prefill_scratch
 
-    scratch = prefill_scratch(plan.tokens, layer.num_heads, layer.num_kv_heads, layer.head_size, query.dtype)
-    step = _LayerPrefill(layer, plan, query, key, value, cache, block_table, out, *scratch)
+    shape = plan.tokens, layer.num_heads, layer.num_kv_heads, layer.head_size, query.dtype
+    context_key, context_value, partial, *stored = prefill_scratch(*shape, shared=raw is None)
+    key, value = raw or stored
+    step = _LayerPrefill(layer, plan, query, key, value, cache, block_table, out, context_key, context_value, partial)
+    if raw is None:
+        step.load_own()
     if layer.sliding_window is not None and any(plan.bounds):
         lse = step.windows(layer.sliding_window)
     else:
@@ -96,14 +101,28 @@ class _LayerPrefill:
         )
         return lse
 
-    def _load(self, requests: slice, first: torch.Tensor, start_loc: torch.Tensor, longest: int) -> None:
+    def _load(
+        self,
+        requests: slice,
+        first: torch.Tensor,
+        start_loc: torch.Tensor,
+        longest: int,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Into the scratch for older context, or into ``out``."""
         from .kernels import prefill as portable
         from .kernels.cuda import context
 
         kernel = context if self.cache.shape[2] in self.layer.cuda_context_pages else portable
         blocks = self.block_table[self.plan.first + requests.start : self.plan.first + requests.stop]
-        out = self.context_key, self.context_value
+        out = out or (self.context_key, self.context_value)
         kernel.load_context(self.cache, blocks, first, start_loc, longest, *out, self.layer.format, self.layer.basis)
+
+    def load_own(self) -> None:
+        """Fills ``key`` and ``value`` with the new tokens as they are stored."""
+        plan = self.plan
+        everyone = slice(0, len(plan.query_lens))
+        self._load(everyone, plan.contexts, plan.query_start_loc, plan.longest, (self.key, self.value))
 
     def own_tokens(self) -> torch.Tensor:
         plan = self.plan

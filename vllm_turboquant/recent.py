@@ -42,6 +42,8 @@ def obstacle(vllm_config: VllmConfig) -> str | None:
         return "prefix-cache hits of models with state layers copy blocks outside of any step"
     if vllm_config.parallel_config.use_ubatching:
         return "batches are cut into micro-batches"
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        return "layers that share a cache see other batches than those that fill it"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from . import connectors
@@ -29,7 +30,8 @@ SLIDING = "sliding_window"  # vLLM's word for all layers with one
 STATES = ("linear", "mamba", "conv", "recurrent")  # kinds of layers without keys, in configurations
 NON_CAUSAL = ("dflash", "dspark")
 MIN_CAPABILITY = (8, 0)
-MAX_GPU_HEAD_SIZE = 256  # of FlashAttention
+# Of FlashAttention: 2 and 3, and 4, which vLLM takes for larger heads on Hopper.
+MAX_GPU_HEAD_SIZE, MAX_HOPPER_HEAD_SIZE = 256, 512
 ALIBI_ARCHITECTURES = ("Step1ForCausalLM",)  # what vLLM's own `uses_alibi` does not know
 
 
@@ -48,11 +50,7 @@ def check_platform(dtype: str, platform: Any) -> None:
         raise refuse(FLAG, dtype, f"needs compute capability 8.0 or higher, this GPU has {found}", "use --kv-cache-dtype auto")
 
 
-def _check_options(dtype: str, args: Any, platform: Any) -> None:
-    if args.enable_sleep_mode and platform.is_cuda():
-        # Layout tables and counters on the GPU are made with the KV cache, whose memory sleeping discards.
-        reason = "cannot be combined with --enable-sleep-mode on a GPU yet: what the kernels keep there would be lost"
-        raise refuse(FLAG, dtype, reason, "drop --enable-sleep-mode or use --kv-cache-dtype auto")
+def _check_options(dtype: str, args: Any) -> None:
     for flag, value in (
         ("--decode-context-parallel-size", args.decode_context_parallel_size),
         ("--prefill-context-parallel-size", args.prefill_context_parallel_size),
@@ -113,9 +111,23 @@ def _check_skip_layers(dtype: str, args: Any, model: Any) -> None:
     kinds = getattr(model.hf_text_config, "layer_types", None) or [SLIDING if model.get_sliding_window() else ""] * count
     windows = {index for index, kind in enumerate(kinds) if SLIDING in skipped and str(kind).startswith("sliding")}
     attention = [index for index, kind in enumerate(kinds) if not str(kind).startswith(STATES)]
-    if all(index in windows or str(index) in skipped for index in attention):
+    left = {index for index in attention if index in windows or str(index) in skipped}
+    _check_sharing(left, kinds, model)
+    if len(left) == len(attention):
         reason = f"leaves out every layer of {model.model}, so that {FLAG} {dtype} would compress nothing"
         raise refuse(SKIP_LAYERS, " ".join(skipped), reason, f"name fewer layers or use {FLAG} auto")
+
+
+def _check_sharing(left: set[int], kinds: Sequence[str], model: Any) -> None:
+    """Layers that read one cache are left out together. Those at the end share that of the last layer of their kind before."""
+    first = len(kinds) - (getattr(model.hf_text_config, "num_kv_shared_layers", None) or 0)
+    owners = {kinds[index]: index for index in range(first)}
+    for index in range(first, len(kinds)):
+        owner = owners.get(kinds[index])
+        if owner is not None and (index in left) != (owner in left):
+            alone, other = (index, owner) if index in left else (owner, index)
+            reason = f"leaves out layer {alone} of {model.model} and not layer {other}, and both read the cache of layer {owner}"
+            raise refuse(SKIP_LAYERS, str(alone), reason, f"name {other} too or drop {alone}")
 
 
 def _check_model(dtype: str, model: Any, platform: Any) -> None:
@@ -144,18 +156,14 @@ def _check_model(dtype: str, model: Any, platform: Any) -> None:
         raise refuse(FLAG, dtype, f"model {model.model} has head size {size}; allowed are {allowed}", SERVE_PLAIN)
     if platform.is_cuda():
         check_gpu_model(dtype, model)
-        _check_flash_attention(dtype)
+        _check_flash_attention(dtype, model)
 
 
 def check_gpu_model(dtype: str, model: Any) -> None:
-    """On a GPU, FlashAttention attends to a prompt's own tokens, which every layer must compute itself. TurboQuantError."""
-    shared = getattr(model.hf_text_config, "num_kv_shared_layers", None) or 0
-    if shared > 0:
-        reason = f"model {model.model} has {shared} layers that share another layer's cache, which are not computed on a GPU yet"
-        raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
-    size = model.get_head_size()
-    if size > MAX_GPU_HEAD_SIZE:
-        reason = f"model {model.model} has head size {size}; allowed on a GPU, where FlashAttention prefills, are up to 256"
+    """What FlashAttention, which attends to a prompt's own tokens, has on no GPU. Raises TurboQuantError."""
+    size = _largest_head(model)
+    if size > MAX_HOPPER_HEAD_SIZE:
+        reason = f"model {model.model} has head size {size}; allowed on a GPU, where FlashAttention prefills, are up to 512"
         raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
     if model.dtype.itemsize != 2:
         given = str(model.dtype).removeprefix("torch.")
@@ -163,11 +171,28 @@ def check_gpu_model(dtype: str, model: Any) -> None:
         raise refuse(FLAG, dtype, f"{reason}; allowed are bfloat16 and float16", "use --dtype bfloat16")
 
 
-def _check_flash_attention(dtype: str) -> None:
+def _check_flash_attention(dtype: str, model: Any) -> None:
     missing = missing_flash_attention()
     if missing is not None:
         reason = f"needs FlashAttention 2 or 3 on a GPU, which this installation of vLLM lacks ({missing})"
         raise refuse(FLAG, dtype, reason, "install vLLM's CUDA wheel or use --kv-cache-dtype auto")
+    check_prefill(dtype, _largest_head(model))
+
+
+def _largest_head(model: Any) -> int:
+    """Gemma 4 has larger heads in the layers without window."""
+    return max(int(model.get_head_size()), getattr(model.hf_text_config, "global_head_dim", None) or 0)
+
+
+def check_prefill(dtype: str, size: int) -> None:
+    """That vLLM's FlashAttention has heads of ``size`` dims on this GPU. Raises TurboQuantError."""
+    if size <= MAX_GPU_HEAD_SIZE:
+        return
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    if get_flash_attn_version(head_size=size) != 4:
+        reason = f"heads of {size} dims are prefilled by FlashAttention 4 on Hopper GPUs alone; allowed on others are up to 256"
+        raise refuse(FLAG, dtype, reason, "use --kv-cache-dtype auto")
 
 
 def missing_flash_attention() -> str | None:
@@ -212,7 +237,7 @@ def check_engine_args(args: Any, model: Any, platform: Any) -> None:
         return
     settings = TurboQuantSettings.from_additional_config(args.additional_config)
     check_platform(dtype, platform)
-    _check_options(dtype, args, platform)
+    _check_options(dtype, args)
     _check_model(dtype, model, platform)
     _check_skip_layers(dtype, args, model)
     _check_calibration(settings, args, model)

@@ -16,6 +16,8 @@ from .kernels.prefill import load_context
 from .kernels.recent_claim import RecentUnits
 from .kernels.recent_keep import keep
 from .kernels.store import FEW_TOKENS
+from .plan import PrefillPlan
+from .prefill import attend_prefill
 from .workspace import prefill_scratch
 
 
@@ -77,6 +79,11 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
     if block_size not in impl.cuda_context_pages:
         context_key, context_value, _ = prefill_scratch(1, heads, kv_heads, d, dtype)
         load_context(cache, table, torch.zeros_like(one), starts, 1, context_key, context_value, fmt, impl.basis)
+    if impl.flash_attention == 4:  # which is compiled when it is first called
+        for older in (0, 1):
+            plan = PrefillPlan(0, 0, [1], [older], starts, one * older)
+            raw = None if impl.kv_sharing_target_layer_name is not None else (key, value)
+            attend_prefill(impl, plan, query, raw, cache, table, torch.empty_like(query))
     recent = None
     if impl.recent is not None:
         # The page's units have no frame and the request no exact token, but for kernels that is all the same.

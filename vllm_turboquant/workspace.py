@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import max_decode_query_len
 from vllm.v1.worker.workspace import current_workspace_manager
 
-from .impl import compressed_layers
+from .impl import compressed_layers, shared_layers
 from .kernels.combine import plan_decode
 from .kernels.cuda.launch import scratch_floats
 from .plan import drafts_with_a_model
@@ -38,13 +38,15 @@ def decode_scratch(floats: int, rows: tuple[int, int]) -> tuple[torch.Tensor, to
 
 
 def prefill_scratch(
-    tokens: int, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Decoded keys and values ``[context_tokens, Hk, d]`` and a partial output ``[tokens, Hq, d]``."""
+    tokens: int, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, shared: bool = False
+) -> list[torch.Tensor]:
+    """Decoded keys and values ``[context_tokens, Hk, d]`` and a partial output ``[tokens, Hq, d]``.
+
+    shared: for a layer that shares another's cache also keys and values of its new tokens, ``[tokens, Hk, d]``.
+    """
     context = (context_tokens(kv_heads, head_size, dtype), kv_heads, head_size)
-    partial = (tokens, heads, head_size)
-    key, value, out = current_workspace_manager().get_simultaneous((context, dtype), (context, dtype), (partial, dtype))
-    return key, value, out
+    shapes = [context, context, (tokens, heads, head_size), *([(tokens, kv_heads, head_size)] * 2 if shared else [])]
+    return list(current_workspace_manager().get_simultaneous(*((shape, dtype) for shape in shapes)))
 
 
 def reserve(vllm_config: VllmConfig, device: torch.device) -> None:
@@ -52,12 +54,13 @@ def reserve(vllm_config: VllmConfig, device: torch.device) -> None:
     reserve_pools(vllm_config, device)
     scheduler = vllm_config.scheduler_config
     query_len = max_query_len(vllm_config)
+    shared = bool(shared_layers(vllm_config))
     shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_size) for impl in compressed_layers(vllm_config)}
     for heads, kv_heads, head_size in shapes:
         rows = scheduler.max_num_seqs * query_len, heads
         decode_scratch(_most_floats(scheduler.max_num_seqs, query_len, heads, kv_heads, head_size), rows)
         decode_scratch(scratch_floats(heads // kv_heads, head_size, query_len, device, rows[0] * heads), rows)
-        prefill_scratch(scheduler.max_num_batched_tokens, heads, kv_heads, head_size, vllm_config.model_config.dtype)
+        prefill_scratch(scheduler.max_num_batched_tokens, heads, kv_heads, head_size, vllm_config.model_config.dtype, shared)
 
 
 @cache

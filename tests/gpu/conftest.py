@@ -38,3 +38,12 @@ def smollm2():
 def which(request):
     """Which decode is tested."""
     return request.param
+
+
+@pytest.fixture
+def engines(tmp_path, seed):
+    """Tiny engines to start."""
+    pytest.importorskip("vllm")
+    from .tiny_engines import CARD, Engines
+
+    return Engines(tmp_path, seed, CARD)

@@ -2,7 +2,7 @@
 
 `install` wraps the GPU path in this process; each call is computed again in float64 and in plain torch of the model's own
 precision from the same keys and values, and the two errors are noted. Decodes and verified drafts read everything from the
-pages; prefills read their own tokens raw and older context from the pages.
+pages; prefills read their own tokens raw and older context from the pages, but for layers that share another layer's cache.
 """
 
 from __future__ import annotations
@@ -75,13 +75,14 @@ def install() -> Errors:
                 continue
             context, decoding = length - count, r < meta.decodes
             oldest = 0 if self.sliding_window is None else max(0, context - self.sliding_window + 1)
-            end = length if decoding else max(context, oldest)
+            raw = not decoding and key is not None  # a layer that shares another's cache has none of its own
+            end = max(context, oldest) if raw else length
             sides = cached(kv_cache, meta.block_table[r], oldest, end, self.format, self.basis)
             if decoding and meta.recent is not None:
                 newest = max(int(meta.recent.ends[r]), oldest)
                 kept = exact(self, meta.recent, kv_cache, meta.block_table[r], newest, length)
                 sides = [torch.cat([old[: newest - oldest], new]) for old, new in zip(sides, kept, strict=True)]
-            if not decoding:
+            if raw:
                 sides = [torch.cat([old, new[rows].double()]) for old, new in zip(sides, (key, value), strict=True)]
             options = (self.scale, self.sliding_window, self.logits_soft_cap, self.sinks)
             truth = attend(query[rows].double(), *sides, *options)

@@ -38,6 +38,9 @@ OPTIONS = {
     "window and sinks": {"window": 50, "sinks": True},
     "key basis": {"basis": True},
     "window under a key basis": {"window": 50, "basis": True},
+    "shared": {"shared": True},
+    "shared, window and sinks": {"shared": True, "window": 50, "sinks": True},
+    "shared, window under a key basis": {"shared": True, "window": 120, "basis": True},
 }
 
 
@@ -53,7 +56,8 @@ OPTIONS = {
     ],
 )
 def test_mixed_batch(workspace, preset, loader, inexact, head_size, option, seed):
-    """``inexact``: the host believes in more older tokens than there are, as with a draft model; scratch starts as NaN."""
+    """``inexact``: the host believes in more older tokens than there are, as with a draft model; scratch starts as NaN. Shared:
+    another layer has stored the new tokens, and they are read back."""
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
     from vllm_turboquant.kernels.cuda import context as cuda
@@ -94,9 +98,11 @@ def test_mixed_batch(workspace, preset, loader, inexact, head_size, option, seed
     order = torch.randperm(blocks * (len(QUERIES) + 2), generator=g, device="cuda")
     table = order.view(-1, blocks).to(torch.int32)
     cache = torch.full((order.numel(), KV_HEADS, BLOCK, fmt.slot_bytes), 0xFF, dtype=torch.uint8, device="cuda")
-    for r, context in enumerate(CONTEXTS):
+    shared = "shared" in OPTIONS[option]
+    ends = [context + new * shared for context, new in zip(CONTEXTS, QUERIES, strict=True)]
+    for r, (context, end) in enumerate(zip(CONTEXTS, ends, strict=True)):
         # What the window has passed was freed: it stays 0xFF, whose scales are NaN.
-        position = torch.arange(0 if window is None else max(0, context - window + 1), context, device="cuda")
+        position = torch.arange(0 if window is None else max(0, context - window + 1), end, device="cuda")
         slots = table[r + 2, position // BLOCK].long() * BLOCK + position % BLOCK
         sides = (normal(len(position), KV_HEADS, head_size) for _ in range(2))
         reference.store(*sides, cache, slots, fmt, basis, position)
@@ -104,16 +110,17 @@ def test_mixed_batch(workspace, preset, loader, inexact, head_size, option, seed
     older = torch.tensor(CONTEXTS, dtype=torch.int32, device="cuda")
     bounds = [context + extra for context, extra in zip(CONTEXTS, (1, 0, 3, 3, 2), strict=True)] if inexact else CONTEXTS
     plan = PrefillPlan(2, 2, QUERIES, bounds, starts, older, 4 if inexact else 0)
-    for scratch in prefill_scratch(plan.tokens, HEADS, KV_HEADS, head_size, torch.bfloat16):
+    for scratch in prefill_scratch(plan.tokens, HEADS, KV_HEADS, head_size, torch.bfloat16, shared):
         scratch.fill_(float("nan"))
     out = torch.full_like(query, float("nan"))
-    attend_prefill(layer, plan, query, key, value, cache, table, out)
+    attend_prefill(layer, plan, query, None if shared else (key, value), cache, table, out)
 
-    for r, context in enumerate(CONTEXTS):
+    for r, (context, end) in enumerate(zip(CONTEXTS, ends, strict=True)):
         rows = slice(int(starts[r]), int(starts[r + 1]))
         oldest = 0 if window is None else max(0, context - window + 1)
-        sides = cached(cache, table[r + 2], oldest, context, fmt, basis) if context > oldest else [key[:0].double()] * 2
-        sides = [torch.cat([old, new[rows].double()]) for old, new in zip(sides, (key, value), strict=True)]
+        sides = cached(cache, table[r + 2], oldest, end, fmt, basis) if end > oldest else [key[:0].double()] * 2
+        if not shared:
+            sides = [torch.cat([old, new[rows].double()]) for old, new in zip(sides, (key, value), strict=True)]
         options = (layer.scale, window, layer.logits_soft_cap, layer.sinks)
         truth = attend(query[rows].double(), *sides, *options)
         plain = attend(query[rows], *(x.to(torch.bfloat16) for x in sides), *options)

@@ -18,7 +18,11 @@ MODELS = (
         ("gpu/test_decode.py::test_other_head_sizes", "gpu/test_store.py::test_codes_are_the_references"),
     ),
     Kind("Head sizes that are no multiple of 16, or above 576", REFUSED, of(REFUSALS, "head size 24", "head size 592")),
-    Kind("Head sizes above 256, float32, on a GPU", REFUSED, of(ON_GPU, "head size", "float32")),
+    Kind(
+        "Head sizes above 256 on a GPU, Hopper excepted (FlashAttention 4); above 512 or float32 on any",
+        REFUSED,
+        of(ON_GPU, "large heads elsewhere", "large heads in some layers", "head size", "float32"),
+    ),
     Kind(
         "Sliding windows in all or some layers (Mistral, Gemma 3)",
         WORKS,
@@ -56,11 +60,10 @@ MODELS = (
         (*of(ANSWERS, "gemma 4"), *of(CAPACITY, "gemma 4"), "plugin/test_planning.py::test_mixed_head_sizes_pad_nothing"),
     ),
     Kind(
-        "Layers that share another layer's cache (Gemma 3n, Gemma 4), on a CPU",
+        "Layers that share another layer's cache (Gemma 3n, Gemma 4)",
         WORKS,
         (*of(ANSWERS, "gemma 3n", "gemma 4"), *of(CAPACITY, "gemma 3n"), "server/test_kinds.py::test_shared_layers_write_once"),
     ),
-    Kind("The same on a GPU", REFUSED, of(ON_GPU, "shared cache")),
     Kind(
         "Hybrids: Qwen3-Next, Nemotron-H; states are vLLM's own, keys are not calibrated",
         WORKS,

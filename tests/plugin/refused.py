@@ -139,6 +139,16 @@ REFUSALS: dict[str, Refusal] = {
         {"kv_cache_dtype_skip_layers": ["sliding_window"]},
         ("--kv-cache-dtype-skip-layers sliding_window:", "every layer", FLAG, "compress nothing", "name fewer layers"),
     ),
+    "skipped layer whose cache another reads": Refusal(
+        "sharing",
+        {"kv_cache_dtype_skip_layers": ["2"]},
+        ("--kv-cache-dtype-skip-layers 2:", "layer 2", "not layer 4", "cache of layer 2", "name 4 too or drop 2."),
+    ),
+    "skipped layer that reads another's cache": Refusal(
+        "sharing",
+        {"kv_cache_dtype_skip_layers": ["5"]},
+        ("--kv-cache-dtype-skip-layers 5:", "layer 5", "not layer 3", "cache of layer 3", "name 3 too or drop 5."),
+    ),
     "draft's preset": Refusal(
         args={"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "kv_cache_dtype": "turboquant-k9v9"}},
         parts=("--kv-cache-dtype turboquant-k9v9", ALLOWED, f"use {FLAG}."),

@@ -92,23 +92,6 @@ def test_hardware(cuda: bool, capability: tuple[int, int], parts: tuple[str, ...
     check_sentence(str(caught.value), parts)
 
 
-@pytest.mark.parametrize(("cuda", "refused"), [(True, True), (False, False)])
-def test_sleep_mode_on_a_gpu(cuda: bool, refused: bool) -> None:
-    from vllm_turboquant.refusals import _check_options
-
-    no = dict.fromkeys(("attention_backend", "kv_transfer_config", "kv_offloading_size"), None)
-    attention = SimpleNamespace(backend=None, backend_per_kind={})
-    one = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
-    args = SimpleNamespace(enable_sleep_mode=True, attention_config=attention, **one, **no)
-    platform = SimpleNamespace(is_cuda=lambda: cuda)
-    if not refused:
-        _check_options("turboquant", args, platform)
-        return
-    with pytest.raises(TurboQuantError) as caught:
-        _check_options("turboquant", args, platform)
-    check_sentence(str(caught.value), ("--kv-cache-dtype turboquant", "--enable-sleep-mode on a GPU", "drop", "auto."))
-
-
 def test_excepthook_prints_only_our_sentences(plugin: None, capsys: pytest.CaptureFixture) -> None:
     import sys
 
@@ -129,30 +112,37 @@ def test_excepthook_prints_only_our_sentences(plugin: None, capsys: pytest.Captu
 
 
 MISSING_FA = "FA2 is unavailable due to: no library"
+# Head size, dtype, why there is no FlashAttention, which one there is for large heads, the sentence.
 GPU_REFUSALS = {
-    "served": (256, torch.bfloat16, None, ()),
-    "half": (64, torch.float16, None, ()),
-    "head size": (512, torch.bfloat16, None, ("head size 512", "up to 256", "--kv-cache-dtype auto.")),
-    "shared cache": (128, torch.bfloat16, None, ("20 layers that share another layer's cache", "on a GPU", "auto.")),
-    "float32": (128, torch.float32, None, ("--dtype float32 on a GPU", "bfloat16 and float16", "use --dtype bfloat16.")),
-    "no FlashAttention": (128, torch.bfloat16, MISSING_FA, ("needs FlashAttention", MISSING_FA, "vLLM's CUDA wheel")),
+    "served": (256, torch.bfloat16, None, 3, ()),
+    "half": (64, torch.float16, None, 2, ()),
+    "large heads on Hopper": (512, torch.bfloat16, None, 4, ()),
+    "large heads elsewhere": (512, torch.bfloat16, None, 2, ("heads of 512", "Hopper GPUs alone", "up to 256", "auto.")),
+    "large heads in some layers": (512, torch.bfloat16, None, 3, ("heads of 512", "Hopper GPUs alone", "up to 256", "auto.")),
+    "head size": (528, torch.bfloat16, None, 4, ("head size 528", "up to 512", "--kv-cache-dtype auto.")),
+    "float32": (128, torch.float32, None, 3, ("--dtype float32 on a GPU", "bfloat16 and float16", "use --dtype bfloat16.")),
+    "no FlashAttention": (128, torch.bfloat16, MISSING_FA, 2, ("needs FlashAttention", MISSING_FA, "vLLM's CUDA wheel")),
 }
 
 
 @pytest.mark.parametrize("case", GPU_REFUSALS)
 def test_models_on_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends import fa_utils
+
     from vllm_turboquant import refusals
 
-    size, dtype, missing, parts = GPU_REFUSALS[case]
+    size, dtype, missing, version, parts = GPU_REFUSALS[case]
     kinds = ("is_attention_free", "is_encoder_decoder", "use_mla", "is_mm_prefix_lm", "is_diffusion", "uses_alibi")
     no = dict.fromkeys(kinds, False)
-    text = SimpleNamespace(num_kv_shared_layers=20 if case == "shared cache" else 0)
+    some = case == "large heads in some layers"
+    text = SimpleNamespace(global_head_dim=size if some else None)
     model = SimpleNamespace(
         model="M", runner_type="generate", architecture="LlamaForCausalLM", architectures=["LlamaForCausalLM"], dtype=dtype, **no
     )
     model.hf_text_config = model.hf_config = text
-    model.get_head_size = lambda: size
+    model.get_head_size = lambda: 256 if some else size
     gpu = SimpleNamespace(is_cuda=lambda: True)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size: version)
     monkeypatch.setattr(refusals, "missing_flash_attention", lambda: missing)
     if not parts:
         refusals._check_model("turboquant", model, gpu)

@@ -21,6 +21,14 @@ _LLAMA: dict[str, Any] = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "windows": {**_LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
+    "sharing": {
+        **_LLAMA,
+        "architectures": ["Gemma3nForCausalLM"],
+        "model_type": "gemma3n_text",
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_kv_shared_layers": 2,
+    },
     "head-24": {**_LLAMA, "head_dim": 24},
     "head-592": {**_LLAMA, "head_dim": 592},
     # What vLLM asks of a configuration to decide on a bidirectional image prefix; Gemma 3 itself needs torchvision.

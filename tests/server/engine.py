@@ -22,8 +22,18 @@ ACTIONS: dict[str, Callable[[Any], object]] = {
     "ask again": lambda llm: None,
     "reset the prefix cache": lambda llm: llm.reset_prefix_cache(),
     "reload the weights": lambda llm: llm.collective_rpc("reload_weights"),
+    "sleep at level 1": lambda llm: (llm.sleep(1), llm.wake_up()),
+    "sleep at level 2": lambda llm: sleep_without_weights(llm),
 }
 _collect, _freeze = gc.collect, gc.freeze
+
+
+def sleep_without_weights(llm: Any) -> None:
+    """As people do who bring new weights: memory for the cache comes back last."""
+    llm.sleep(2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
 
 
 def ask(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -71,15 +81,17 @@ def generated(llm: Any, job: dict[str, Any], prompts: list[dict[str, Any]]) -> l
 
 
 def facts(llm: Any) -> dict[str, Any]:
-    """Preset by attention layer, None where it is vLLM's own; blocks of the pool; counters, where statistics are on; what the
-    status page asks of pipeline stages, which run in processes of their own."""
+    """Preset by attention layer, None where it is vLLM's own; which layers' keys are stored under the same basis; blocks of the
+    pool; counters, where statistics are on; what the status page asks of pipeline stages, which run in processes of their own."""
     config = llm.llm_engine.vllm_config
     staged = config.parallel_config.pipeline_parallel_size > 1
     layers = config.compilation_config.static_forward_context
     backends = {name: layer.attn_backend for name, layer in layers.items() if hasattr(layer, "attn_backend")}
+    bases = {name: getattr(getattr(layer, "impl", None), "basis", None) for name, layer in layers.items()}
     counters = llm.get_metrics() if llm.llm_engine.log_stats else []
     return {
         "layers": {name: getattr(backend, "turboquant_preset", None) for name, backend in backends.items()},
+        "bases": {name: None if basis is None else id(basis) for name, basis in bases.items()},
         "blocks": config.cache_config.num_gpu_blocks,
         "block_size": config.cache_config.block_size,
         "stages": llm.collective_rpc("turboquant_layers") if staged else [],

@@ -24,6 +24,7 @@ SPECULATION: dict[str, tuple[str, str | None, int]] = {
     "eagle, 3": (TARGET, "eagle", 3),
     "eagle3, 3": (TARGET, "eagle 3", 3),
     "mtp, 3": ("glm 4 moe", None, 3),
+    "mtp of gemma 4, 3": ("gemma 4", "gemma 4 assistant", 3),
 }
 QUANTISED = ("awq", "gptq", "fp8")
 CODED = 3  # drafts with which codes run as well
@@ -64,7 +65,9 @@ def example_connector(folder: Path) -> dict[str, Any]:
 
 
 def speculative(method: str, drafter: str | None, drafts: int, root: Path) -> dict[str, Any]:
-    """vLLM's ``speculative_config``; drafter: the kind of its model, if it has one of its own."""
+    """vLLM's ``speculative_config``; method: vLLM's word, maybe " of " a model. drafter: the kind of its model, if it has one of
+    its own."""
+    method = method.partition(" of ")[0].replace(" ", "_")
     own = {"model": write(drafter, root)} if drafter else NGRAM if method == "ngram" else {}
     return {"method": method, "num_speculative_tokens": drafts} | own
 
@@ -72,10 +75,10 @@ def speculative(method: str, drafter: str | None, drafts: int, root: Path) -> di
 def run(root: Path, seed: int, smollm2: Path) -> Results:
     """All of them in one process, whose log is in ``root``. smollm2: a folder with a tokenizer."""
     jobs = Jobs(root, seed)
-    for kind in ("llama", TARGET, "glm 4 moe", "gemma 3"):
+    for kind in ("llama", TARGET, "glm 4 moe", "gemma 3", "gemma 4"):
         jobs.add(f"{kind}/auto", kind, "auto")
     for case, (kind, drafter, drafts) in SPECULATION.items():
-        method = speculative(case.rpartition(",")[0].replace(" ", "_"), drafter, drafts, root)
+        method = speculative(case.rpartition(",")[0], drafter, drafts, root)
         for dtype in BOTH if drafts == CODED else (LOSSLESS,):
             jobs.add(f"{case}/{dtype}", kind, dtype, speculative_config=method, disable_log_stats=False, **CROWDED)
     for dtype in ("auto", *BOTH):
@@ -84,6 +87,10 @@ def run(root: Path, seed: int, smollm2: Path) -> Results:
         again = {"given": False, "max_tokens": 8, "then": ["ask again", "reset the prefix cache"]}
         for kind in ("llama", "gemma 3"):  # full attention, windows
             jobs.add(f"prefixes of {kind}/{dtype}", kind, dtype, again, disable_log_stats=False)
+        for fast in (False, True):
+            asked = {"given": False, "max_tokens": 8}
+            long = {"max_model_len": 1024}  # keys stored by position, which such batches do not tell
+            jobs.add(f"shared, {fast}/{dtype}", "gemma 3n", dtype, asked, kv_sharing_fast_prefill=fast, **long)
         jobs.add(f"preemption/{dtype}", "llama", dtype, disable_log_stats=False, num_gpu_blocks_override=9, block_size=32)
         grammar = {"tokenizer": str(smollm2), "skip_tokenizer_init": False}
         jobs.add(f"embedding/{dtype}", "words", dtype, {"embed": True}, runner="pooling", convert="embed", **grammar)

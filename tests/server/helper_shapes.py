@@ -14,7 +14,6 @@ _FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 _PACKED = LLAMA | {"hidden_size": 256, "intermediate_size": 256}
 
 HELPERS: dict[str, dict[str, Any]] = {
-    "gemma 4, nothing shared": SHAPES["gemma 4"] | {"num_kv_shared_layers": 0},
     "gpt-oss, loud key biases": SHAPES["gpt-oss"] | {"amplified": {"layers.1.attn.qkv_proj.bias": 6.0}},
     "target": _TARGET,
     "drafter": _DRAFT,
@@ -40,6 +39,21 @@ HELPERS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "partial_rotary_factor": 0.5,
         "hidden_act": "silu",
+    },
+    # Its drafts are made over the target's own cache.
+    "gemma 4 assistant": {
+        "architectures": ["Gemma4AssistantForCausalLM"],
+        "model_type": "gemma4_assistant",
+        "backbone_hidden_size": 64,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        "text_config": SHAPES["gemma 4"]
+        | {
+            "num_hidden_layers": 2,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": 0,
+        },
     },
     "awq": _PACKED
     | {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}},

@@ -53,8 +53,8 @@ def test_speculation(case: str, results: Results) -> None:
     for dtype in BOTH if SPECULATION[case][2] == CODED else (LOSSLESS,):
         found = results[f"{case}/{dtype}"]
         assert set(found["layers"].values()) == {dtype}
-        # The drafter's layer too.
-        assert len(found["layers"]) == len(results[plain]["layers"]) + (not case.startswith("ngram"))
+        added = [name for name in found["layers"] if name not in results[plain]["layers"]]
+        assert len(added) == (0 if case.startswith("ngram") else 2 if "gemma" in case else 1), "the drafter's layers"
         assert found["metrics"]["spec_decode_num_draft_tokens"] > 0
 
 
@@ -97,6 +97,21 @@ def test_prefixes_beside_states(results: Results, root: Path) -> None:
     again_finer = answers(again(results, "finer states/turboquant", 0), "again")
     # The state itself is rounded to bf16 at other places of the prompt.
     assert all(abs(a.logprobs[0] - b.logprobs[0]) < BF16_TOLERANCE for a, b in zip(first, again_finer, strict=True))
+
+
+def test_drafts_over_the_targets_cache(results: Results) -> None:
+    """Calibrated keys are read under what they were stored under: each of the drafter's layers has that of a target's layer."""
+    bases = results[f"mtp of gemma 4, 3/{K4V4}"]["bases"]
+    drafter = {name: basis for name, basis in bases.items() if name.startswith("draft_model.")}
+    assert [bases[f"model.layers.{index}.self_attn.attn"] for index in (3, 2)] == list(drafter.values())
+    assert None not in drafter.values() and len(set(drafter.values())) == 2
+
+
+def test_prompts_that_pass_shared_layers_by(results: Results) -> None:
+    """--kv-sharing-fast-prefill: what shares a cache sees a prompt's last token alone, which reads the same codes."""
+    for dtype in ("auto", *BOTH):
+        assert_same(answers(results, f"shared, False/{dtype}"), answers(results, f"shared, True/{dtype}"))
+    assert_same(answers(results, "shared, True/auto"), answers(results, f"shared, True/{LOSSLESS}"))
 
 
 def test_preemption(results: Results) -> None:
