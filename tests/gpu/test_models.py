@@ -16,9 +16,9 @@ from ..server import images
 from ..server.features import SEEING, SKIPPED, UNCALIBRATED
 from ..server.shapes import SHAPES
 from ..server.test_engines import deviations
-from ..server.test_kinds import K4V4, prompt
+from ..server.test_kinds import K4V4, OPTIONS, prompt
 from .engines import LOSSLESS
-from .tiny_engines import GRAPHS, check, check_near, skip_without_large_heads
+from .tiny_engines import CARD_OPTIONS, GRAPHS, check, check_near, skip_without_large_heads
 
 pytestmark = pytest.mark.gpu
 KINDS = tuple(kind for kind in SHAPES if kind != "llama")  # which is in other tests here
@@ -52,13 +52,18 @@ def test_shared_layers_without_prompts(kv, engines):
     check_near(results["fast"]["answers"], results[kv]["answers"])
 
 
-def test_hybrids_start_with_any_preset(engines):
+def test_hybrids_start_with_any_preset_and_skipped_layers(engines):
     presets = [preset for preset in PRESETS if preset != K4V4]
     engines.each("qwen 3 next", dtypes=presets)
+    options = OPTIONS["qwen 3 next"] | CARD_OPTIONS["qwen 3 next"]
+    for skipped in ("1", "3"):
+        engines.add(skipped, "qwen 3 next", K4V4, kv_cache_dtype_skip_layers=[skipped], **options)
     results = engines.run()
     for preset in presets:
         assert set(results[preset]["layers"].values()) == {preset}
-        assert all(len(answer["tokens"]) == 24 for answer in results[preset]["answers"])
+    for skipped in ("1", "3"):
+        assert {str(preset) for preset in results[skipped]["layers"].values()} == {K4V4, "None"}
+    assert all(len(answer["tokens"]) == 24 for found in results.values() for answer in found["answers"])
 
 
 def test_loud_key_biases(engines):

@@ -20,22 +20,28 @@ WINDOWED = [Layer(window=64), Layer()] * 3
 BLOCKS = 0.01
 
 
-def fitted(config: Any, layers: list[Layer]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What layers ask for, and what is asked for in their name."""
+def fitted(config: Any, layers: list[Layer], on_gpu: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What layers ask for, and what is asked for in their name. on_gpu: after what vLLM does there about skipped layers."""
+    from vllm.platforms import current_platform
+
     from vllm_turboquant.pages import fit
 
-    wanted = specs(config, build(config, layers))
+    built = build(config, layers)
+    if on_gpu and config.cache_config.kv_cache_dtype_skip_layers:
+        current_platform._align_heterogeneous_kv_block_size(config, next(iter(built.values())).get_attn_backend())
+    wanted = specs(config, built)
     return wanted, fit(wanted, config)
 
 
 @pytest.mark.parametrize("skip", [["0", "5"], ["sliding_window"], ["1", "3", "5"], ["0"], ["1"]], ids=" ".join)
 @pytest.mark.parametrize("preset", ["turboquant", "turboquant-k8v4", "turboquant-k3v3", "turboquant-k2v2"])
 @pytest.mark.parametrize("block", [32, 128])
-def test_pages_beside_skipped_layers(block: int, preset: str, skip: list[str], engine_config: EngineConfig) -> None:
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_pages_beside_skipped_layers(on_gpu: bool, block: int, preset: str, skip: list[str], engine_config: EngineConfig) -> None:
     """Whichever layers are skipped, the first or not: pages differ from each other by less than a fifth, where vLLM's planner
     by itself would give every compressed layer the page of a skipped one."""
     config = engine_config(kv_cache_dtype=preset, kv_cache_dtype_skip_layers=skip, block_size=block, max_model_len=2048)
-    wanted, asked = fitted(config, WINDOWED)
+    wanted, asked = fitted(config, WINDOWED, on_gpu)
     unpadded = {spec.unpadded_page_size_bytes for spec in asked.values()}
     # k8v4 takes 1 / 2.64 of bf16: the worst of whole numbers of pages, 3, is 12% too large.
     assert 1 < len(unpadded) <= 2 and max(unpadded) < 1.15 * min(unpadded)

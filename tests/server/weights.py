@@ -74,7 +74,7 @@ def real_weights(root: Path, vocabulary: int, layers: int = 2) -> str:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         initializer_range=0.15,
         tie_word_embeddings=False,
     )
