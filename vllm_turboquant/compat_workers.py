@@ -28,11 +28,11 @@ def follow_workers() -> None:
 
     def get_kv_cache_spec(self: Any) -> Any:
         from .calibration import calibrate_worker
-        from .pages import fit
+        from .pages import fit, unaligned
 
         if "turboquant_calibration_file" not in vars(self):  # once a worker
             self.turboquant_calibration_file, self.turboquant_keys = calibrate_worker(self.worker)
-        self.turboquant_specs = self.worker.get_kv_cache_spec()
+        self.turboquant_specs = unaligned(self.worker.get_kv_cache_spec(), self.vllm_config)
         return fit(self.turboquant_specs, self.vllm_config)
 
     @functools.wraps(original)

@@ -9,6 +9,16 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec, UniformTypeKVCacheSpecs
 
 
+def unaligned(specs: dict[str, Any], vllm_config: VllmConfig) -> dict[str, Any]:
+    """``specs`` without what vLLM does to windows beside skipped layers on GPUs.
+
+    It takes one layer's backend for that of all, so that its page is none of ours where the first layer is skipped.
+    """
+    padded = {n: s for n, s in specs.items() if isinstance(s, AttentionSpec) and s.page_size_padded is not None}
+    block_size = vllm_config.cache_config.block_size
+    return specs | {name: replace(spec, block_size=block_size, page_size_padded=None) for name, spec in padded.items()}
+
+
 def fit(specs: dict[str, Any], vllm_config: VllmConfig) -> dict[str, Any]:
     """``specs``, with blocks of compressed layers so long that their pages are nearly those of the other attention layers.
 
@@ -16,8 +26,6 @@ def fit(specs: dict[str, Any], vllm_config: VllmConfig) -> dict[str, Any]:
     divide it is padded: the memory would hold no token more. Layers of full attention alone share nothing and stay as they are.
     """
     context: dict[str, Any] = vllm_config.compilation_config.static_forward_context
-    if vllm_config.cache_config.skip_page_size_padded is not None:
-        specs = {name: _unaligned(spec, vllm_config.cache_config.block_size) for name, spec in specs.items()}
     attention = {name: spec for name, spec in specs.items() if isinstance(spec, AttentionSpec)}
     ours = {n: s for n, s in attention.items() if hasattr(getattr(context.get(n), "attn_backend", None), "turboquant_preset")}
     others = [spec.page_size_bytes for name, spec in attention.items() if name not in ours]
@@ -28,14 +36,6 @@ def fit(specs: dict[str, Any], vllm_config: VllmConfig) -> dict[str, Any]:
     # Pages of other head sizes divide the largest.
     fitted = {n: replace(s, block_size=s.block_size * times * (largest // s.page_size_bytes)) for n, s in ours.items()}
     return {**specs, **fitted}
-
-
-def _unaligned(spec: Any, block_size: int) -> Any:
-    """Without what vLLM does to windows beside skipped layers on GPUs: it takes one layer's backend for that of all, so that its
-    page is none of ours where the first layer is skipped."""
-    if not isinstance(spec, AttentionSpec) or spec.page_size_padded is None:
-        return spec
-    return replace(spec, block_size=block_size, page_size_padded=None)
 
 
 def _times(ratio: float) -> int:

@@ -22,9 +22,10 @@ def test_sleep(level, kv, engines):
     """Pages are lost; tables, counters, calibrations and what graphs point at are as before."""
     real = {"model": real_weights(engines.root, VOCABULARY), "load_format": "auto"}
     graphs = {"enforce_eager": False, "compilation_config": GRAPHS, "max_model_len": 1024}  # keys stored by position
-    job = {"then": ["ask again", f"sleep at level {level}", f"sleep at level {level}"], "given": False}
+    job = {"then": [f"sleep at level {level}"] * 2, "given": False}
     engines.each("llama", job, dtypes=(kv,), enable_sleep_mode=True, **graphs, **real)
     found = engines.run()[kv]
     assert "GiB memory is still in use" in (engines.root / "engines.log").read_text()
     for answers in found["then"]:
-        check_near(answers, found["answers"])
+        # The same steps over again, where no bit moved when it was measured; what rounding moves is 0.003 and more.
+        assert check_near(answers, found["answers"]) < 0.001

@@ -24,12 +24,12 @@ def fitted(config: Any, layers: list[Layer], on_gpu: bool = False) -> tuple[dict
     """What layers ask for, and what is asked for in their name. on_gpu: after what vLLM does there about skipped layers."""
     from vllm.platforms import current_platform
 
-    from vllm_turboquant.pages import fit
+    from vllm_turboquant.pages import fit, unaligned
 
     built = build(config, layers)
     if on_gpu and config.cache_config.kv_cache_dtype_skip_layers:
         current_platform._align_heterogeneous_kv_block_size(config, next(iter(built.values())).get_attn_backend())
-    wanted = specs(config, built)
+    wanted = unaligned(specs(config, built), config)
     return wanted, fit(wanted, config)
 
 
