@@ -43,13 +43,15 @@ def reference_divergence(path, texts, preset, bases=None):
 
 
 def compare(label, ours, theirs):
-    """Both round what they code in ways of their own, which moves codes: a text's divergence by some percent, up or down."""
+    """Both round what they code in ways of their own, which moves codes: a text's divergence by some percent, up or down.
+
+    The bar is 2%; where chance alone moves a mean that far, one false alarm in 2,000 comparisons.
+    """
     difference = torch.tensor(ours, dtype=torch.float64) - theirs
     apart, error = difference.mean() / theirs.mean(), difference.std() / len(theirs) ** 0.5 / theirs.mean()
     print(f"{label}: KL to auto {mean(ours):.4f}, the reference's {theirs.mean():.4f}: {apart:+.2%} +- {error:.2%}")
     assert error < 0.02, "too few texts to tell"
-    # One false alarm in 2,000 comparisons.
-    assert abs(apart) < 3.5 * error
+    assert abs(apart) < max(0.02, 3.5 * error)
 
 
 def by_layer(bases):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .kind import ORACLE, PLANNED, REFUSALS, REFUSED, SCHEDULES, SPECULATION, WORKS, Kind, of
+from .kind import CARD_SPECULATION, ORACLE, REFUSALS, REFUSED, SCHEDULES, SPECULATION, WORKS, Kind, of
 
 FEATURES = (
     Kind(
@@ -13,9 +13,10 @@ FEATURES = (
             "server/test_engines.py::test_skipped_layers_are_not_compressed",
             "plugin/test_summary.py::test_pages_beside_skipped_layers",
         ),
+        ("gpu/test_models.py::test_skipped_layers",),
     ),
     Kind(
-        "Skipped layers that do not exist; all layers skipped",
+        "Skipped layers that do not exist, or share a cache with others that are not skipped; all layers skipped",
         REFUSED,
         of(
             REFUSALS,
@@ -24,13 +25,18 @@ FEATURES = (
             "all layers skipped",
             "all windows skipped",
             "all attention of a hybrid skipped",
+            "skipped layer whose cache another reads",
+            "skipped layer that reads another's cache",
         ),
     ),
     Kind(
         "Speculation by n-grams, drafts of 1, 3, 7",
         WORKS,
         (*of(SPECULATION, "ngram, 1", "ngram, 3", "ngram, 7"), "server/test_parallel.py::test_ngram_speculation", SCHEDULES),
-        of("gpu/test_engine.py::test_speculation_changes_no_more_than_autos", "ngram"),
+        (
+            *of("gpu/test_engine.py::test_speculation_changes_no_more_than_autos", "ngram"),
+            *of(CARD_SPECULATION, "ngram-1", "ngram-3", "ngram-7"),
+        ),
     ),
     Kind(
         "Speculation by a draft model, drafts of 1, 3, 7",
@@ -41,7 +47,15 @@ FEATURES = (
             f"{ORACLE}[lossless, draft model]",
         ),
     ),
-    Kind("EAGLE, EAGLE 3 and MTP (GLM-4 MoE)", WORKS, of(SPECULATION, "eagle, 3", "eagle3, 3", "mtp, 3")),
+    Kind(
+        "EAGLE, EAGLE 3 and MTP (GLM-4 MoE; Gemma 4, whose drafter reads the model's own cache)",
+        WORKS,
+        (
+            *of(SPECULATION, "eagle, 3", "eagle3, 3", "mtp, 3", "mtp of gemma 4, 3"),
+            "server/test_features.py::test_drafts_over_the_targets_cache",
+        ),
+        of(CARD_SPECULATION, *(f"{name}-{n}" for name in ("eagle", "eagle3", "mtp", "mtp of gemma 4") for n in (1, 3, 7))),
+    ),
     Kind(
         "Drafters without causal mask (DFlash)",
         REFUSED,
@@ -55,18 +69,31 @@ FEATURES = (
             "server/test_lossless.py::test_prompt_of_several_prefill_chunks_and_its_prefix_cache_hit",
             "server/test_k4v4.py::test_prefix_cache_hit",
         ),
-        ("gpu/test_engine.py::test_lossless_codec_follows_auto",),
+        ("gpu/test_engine.py::test_lossless_codec_follows_auto", "gpu/test_features.py::test_prefixes"),
     ),
-    Kind("Embeddings of decoder models", WORKS, ("server/test_features.py::test_embeddings",)),
+    Kind(
+        "Embeddings of decoder models",
+        WORKS,
+        ("server/test_features.py::test_embeddings",),
+        ("gpu/test_features.py::test_embeddings",),
+    ),
     Kind(
         "Preemption",
         WORKS,
         ("server/test_lossless.py::test_preemption", "server/test_features.py::test_preemption", SCHEDULES),
-        ("gpu/test_server.py::test_preempted_answers_are_as_close_to_solo_ones_as_autos",),
+        (
+            "gpu/test_server.py::test_preempted_answers_are_as_close_to_solo_ones_as_autos",
+            "gpu/test_features.py::test_preemption",
+        ),
     ),
     Kind("Priority scheduling", WORKS, (SCHEDULES,)),
-    Kind("Structured output", WORKS, ("server/test_features.py::test_grammar",)),
-    Kind("LoRA adapters: keys are not calibrated", WORKS, ("server/test_features.py::test_adapter",)),
+    Kind("Structured output", WORKS, ("server/test_features.py::test_grammar",), ("gpu/test_features.py::test_grammar",)),
+    Kind(
+        "LoRA adapters: keys are not calibrated",
+        WORKS,
+        ("server/test_features.py::test_adapter",),
+        ("gpu/test_features.py::test_adapter",),
+    ),
     Kind(
         "Log-probabilities of answers and prompts",
         WORKS,
@@ -77,21 +104,29 @@ FEATURES = (
         "Tensor parallelism",
         WORKS,
         ("server/test_parallel.py::test_tensor_parallel", "server/test_parallel.py::test_ranks_calibrate_their_own_heads"),
+        of("gpu/test_ranks.py::test_split_models", "tensor"),
     ),
     Kind(
         "Pipeline parallelism: keys are not calibrated (vLLM on a CPU does not take --enforce-eager with it)",
         WORKS,
         of("server/test_parallel.py::test_pipeline_stages", "lossless", "default"),
+        of("gpu/test_ranks.py::test_split_models", "pipeline"),
     ),
-    Kind("Data parallelism", WORKS, ("server/test_parallel.py::test_replicas",)),
+    Kind("Data parallelism", WORKS, ("server/test_parallel.py::test_replicas",), ("gpu/test_ranks.py::test_replicas",)),
     Kind("Decode context parallelism", REFUSED, of(REFUSALS, "DCP", "DCP and TP")),
-    Kind("Sleep mode on a GPU (vLLM has none on a CPU)", REFUSED, ("plugin/test_refusals.py::test_sleep_mode_on_a_gpu",)),
+    Kind("Sleep mode, levels 1 and 2 (vLLM has none on a CPU)", WORKS, (), ("gpu/test_sleep.py::test_sleep",)),
     Kind(
         "Weights read again, prefix cache reset",
         WORKS,
         ("server/test_features.py::test_weights_read_again", "server/test_features.py::test_prefixes"),
+        ("gpu/test_features.py::test_weights_read_again", "gpu/test_features.py::test_prefixes"),
     ),
-    Kind("Shared storage of pages (ExampleConnector)", WORKS, ("server/test_features.py::test_shared_storage",)),
+    Kind(
+        "Shared storage of pages (ExampleConnector)",
+        WORKS,
+        ("server/test_features.py::test_shared_storage",),
+        of("gpu/test_features.py::test_blocks_come_back_from_elsewhere", "storage"),
+    ),
     Kind(
         "Shared storage of another preset, format, model dtype or calibration",
         REFUSED,
@@ -100,8 +135,9 @@ FEATURES = (
     Kind("A connector with a calibration that other servers do not have", REFUSED, of(REFUSALS, "calibration shared")),
     Kind(
         "Native KV offloading (vLLM has none on a CPU)",
-        PLANNED,
+        WORKS,
         ("plugin/test_offloading.py::test_blocks_come_back_elsewhere",),
+        of("gpu/test_features.py::test_blocks_come_back_from_elsewhere", "offloading"),
     ),
     Kind(
         "Tiers behind native offloading (files, objects), where a calibration is not told from another",

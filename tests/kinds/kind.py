@@ -24,6 +24,8 @@ ANSWERS = "server/test_kinds.py::test_answers"
 CAPACITY = "server/test_kinds.py::test_capacity"
 SPECULATION = "server/test_features.py::test_speculation"
 SCHEDULES = "server/test_schedules.py::test_every_answer_is_that_of_the_request_alone"
+CARD_ANSWERS = "gpu/test_models.py::test_kinds"
+CARD_SPECULATION = "gpu/test_features.py::test_speculation"
 ORDINARY = ("head 80, MHA", "head 96, MQA", "head 112", "head 192", "head 256")
 
 
