@@ -35,7 +35,7 @@ from .budget import Budget, budget
 from .checkpoint import declared_cache
 from .config import dtype_names, is_ours
 from .recent import pool_bytes
-from .refusals import check_gpu_model
+from .refusals import check_gpu_model, largest_head
 
 GPU_BLOCK = 16  # tokens; what vLLM takes on a GPU where nobody says otherwise
 
@@ -73,7 +73,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """architecture, layers, max_model_len, max_num_batched_tokens: as vLLM reads them. platform: whose rules were applied."""
+    """architecture, layers, max_model_len, max_num_batched_tokens: as vLLM reads them. platform: whose rules were applied.
+
+    head_size: of the layers with the largest heads.
+    """
 
     model: str
     architecture: str
@@ -84,6 +87,7 @@ class Plan:
     platform: str
     budget: Budget
     rows: tuple[Row, ...]
+    head_size: int
 
 
 def plan(wanted: Wanted) -> Plan:
@@ -123,6 +127,7 @@ def plan(wanted: Wanted) -> Plan:
         platform="gpu" if foreign else current_platform.device_type,
         budget=memory,
         rows=rows,
+        head_size=largest_head(facts),
     )
 
 

@@ -161,7 +161,7 @@ def _check_model(dtype: str, model: Any, platform: Any) -> None:
 
 def check_gpu_model(dtype: str, model: Any) -> None:
     """What FlashAttention, which attends to a prompt's own tokens, has on no GPU. Raises TurboQuantError."""
-    size = _largest_head(model)
+    size = largest_head(model)
     if size > MAX_HOPPER_HEAD_SIZE:
         reason = f"model {model.model} has head size {size}; allowed on a GPU, where FlashAttention prefills, are up to 512"
         raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
@@ -176,11 +176,11 @@ def _check_flash_attention(dtype: str, model: Any) -> None:
     if missing is not None:
         reason = f"needs FlashAttention 2 or 3 on a GPU, which this installation of vLLM lacks ({missing})"
         raise refuse(FLAG, dtype, reason, "install vLLM's CUDA wheel or use --kv-cache-dtype auto")
-    check_prefill(dtype, _largest_head(model))
+    check_prefill(dtype, largest_head(model))
 
 
-def _largest_head(model: Any) -> int:
-    """Gemma 4 has larger heads in the layers without window."""
+def largest_head(model: Any) -> int:
+    """Head size of the layers that have the largest heads: those without window in Gemma 4."""
     return max(int(model.get_head_size()), getattr(model.hf_text_config, "global_head_dim", None) or 0)
 
 

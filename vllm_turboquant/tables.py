@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from .refusals import MAX_GPU_HEAD_SIZE
+
 if TYPE_CHECKING:
     from .budget import Budget
     from .facts import Fact
@@ -50,6 +52,8 @@ def plan_text(plan: Plan) -> str:
     note = _EXACT if plan.budget.total is None else _ESTIMATE
     if plan.budget.weights_from == "checkpoint" and plan.budget.total is not None:
         note += f"\n{_QUANTIZED}"
+    if plan.platform != "cpu" and plan.head_size > MAX_GPU_HEAD_SIZE:
+        note += f"\nHeads of {plan.head_size} dims are served on Hopper GPUs alone."
     return "\n\n".join([head, _budget(plan.budget), _rows(plan.rows, plan.max_model_len), note])
 
 

@@ -61,7 +61,7 @@ def test_plan_text() -> None:
         Row("turboquant", 40000, 10.0, 4000, 16, 250.0),
     )
     budget = Budget(3 * 2**30, 2**30, "parameters", None, 8 * 2**30, 0.75, 2 * 2**30)
-    lines = plan_text(Plan("M", "A", 2, 2, 4000, 2048, "gpu", budget, rows)).splitlines()
+    lines = plan_text(Plan("M", "A", 2, 2, 4000, 2048, "gpu", budget, rows, 64)).splitlines()
     assert lines[0] == "M: A, 2 layers, on 2 GPUs, requests of up to 4,000 tokens, steps of up to 2,048"
     assert [line.split()[:1] + line.split()[-1:] for line in lines[3:7]] == [
         ["vLLM's", "0.75"],

@@ -192,10 +192,21 @@ def test_refused_on_a_gpu_only(planner: Planner, models: dict[str, str], tmp_pat
     from vllm_turboquant.config import TurboQuantError
 
     config = json.loads((Path(models["llama"]) / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"head_dim": 512}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"head_dim": 528}))
     assert by_dtype(planner(str(tmp_path), None, GIB))["turboquant"].tokens > 0
-    with pytest.raises(TurboQuantError, match="head size 512; allowed on a GPU"):
+    with pytest.raises(TurboQuantError, match="head size 528; allowed on a GPU"):
         planner(str(tmp_path), 80 * GIB)
+
+
+@pytest.mark.parametrize("head_size", (256, 512))
+def test_large_heads_are_planned_with_a_word(head_size: int, planner: Planner, models: dict[str, str], tmp_path: Path) -> None:
+    """What the GPU is, the plan is not told."""
+    from vllm_turboquant.tables import plan_text
+
+    config = json.loads((Path(models["llama"]) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"head_dim": head_size}))
+    text = plan_text(planner(str(tmp_path), 80 * GIB))
+    assert text.endswith("\nHeads of 512 dims are served on Hopper GPUs alone.") is (head_size == 512)
 
 
 def test_memory_must_be_known_and_enough(planner: Planner) -> None:
