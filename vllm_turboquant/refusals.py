@@ -144,7 +144,7 @@ def _check_model(dtype: str, model: Any, platform: Any) -> None:
         raise refuse(FLAG, dtype, f"model {model.model} is encoder-only and keeps no KV cache", SERVE_PLAIN)
     if model.is_mm_prefix_lm:
         reason = f"model {model.model} attends to images bidirectionally (multimodal prefix), which is not computed"
-        raise refuse(FLAG, dtype, reason, SERVE_PLAIN)
+        raise refuse(FLAG, dtype, reason, f"serve it for text alone with --language-model-only, or with {FLAG} auto")
     if model.is_diffusion:
         reason = f"model {model.model} is a diffusion model, which attends without causal mask; that is not computed"
         raise refuse(FLAG, dtype, reason, SERVE_PLAIN)

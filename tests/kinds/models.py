@@ -118,6 +118,7 @@ MODELS = (
         of(CARD_ANSWERS, "mixtral", "qwen 3 moe"),
     ),
     Kind("Bidirectional multimodal prefix (Gemma 3 with images)", REFUSED, of(REFUSALS, "image prefix")),
+    Kind("The same models with `--language-model-only`", WORKS, ("server/test_features.py::test_text_alone",)),
     Kind("Encoder-decoder models (Whisper)", REFUSED, of(REFUSALS, "encoder-decoder")),
     Kind("Encoder-only models (BERT)", REFUSED, of(REFUSALS, "encoder-only")),
     Kind(

@@ -47,7 +47,7 @@ REFUSALS: dict[str, Refusal] = {
     "attention-free": Refusal("attention-free", {}, (FLAG, "no attention layers", "auto.")),
     "ALiBi always": Refusal("alibi-always", {}, (FLAG, "ALiBi", "auto.")),
     "ALiBi configured": Refusal("alibi-configured", {}, (FLAG, "ALiBi", "auto.")),
-    "image prefix": Refusal("image-prefix", {}, (FLAG, "multimodal prefix", "auto.")),
+    "image prefix": Refusal("image-prefix", {}, (FLAG, "multimodal prefix", "--language-model-only", "auto.")),
     "head size 24": Refusal("head-24", {}, (FLAG, "head size 24", "multiples of 16 from 16 to 576", "auto.")),
     "head size 592": Refusal("head-592", {}, (FLAG, "head size 592", "multiples of 16 from 16 to 576", "auto.")),
     "DCP": Refusal(

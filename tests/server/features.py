@@ -110,6 +110,11 @@ def run(root: Path, seed: int, smollm2: Path) -> Results:
         whole = {"max_num_batched_tokens": 512, "kv_transfer_config": connector, "disable_log_stats": False} | UNCALIBRATED
         jobs.add(f"storage/{dtype}", "llama", dtype, {"given": False, "then": ["reset the prefix cache"]}, **whole)
         jobs.add(f"storage again/{dtype}", "llama", dtype, {"given": False}, **whole)
+    (root / "prefix").mkdir()
+    folder, _ = images.write(root / "prefix", smollm2, is_mm_prefix_lm=True)
+    text = SEEING | {"limit_mm_per_prompt": {}, "language_model_only": True}
+    for dtype in ("auto", *BOTH):
+        jobs.add(f"text alone/{dtype}", "llama", dtype, {"max_tokens": 8}, model=folder, **text)
     folder, image = images.write(root, smollm2)
     before, after = prompt(jobs.rng, 9), prompt(jobs.rng, 70)
     asked = [[*before, image, *after]] * 2 + [prompt(jobs.rng, 60)]

@@ -18,8 +18,8 @@ TOKENS = (SIZE // PATCH // SCALE) ** 2
 WORDS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
 
 
-def write(root: Path, tokenizer_of: Path) -> tuple[str, int]:
-    """A folder without weights, and the token that stands for an image."""
+def write(root: Path, tokenizer_of: Path, **more: Any) -> tuple[str, int]:
+    """A folder without weights, and the token that stands for an image. more: of the configuration."""
     from transformers import AutoTokenizer, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -30,7 +30,7 @@ def write(root: Path, tokenizer_of: Path) -> tuple[str, int]:
     folder = root / "seeing"
     Idefics3Processor(image_processor=images, tokenizer=tokenizer, image_seq_len=TOKENS).save_pretrained(folder)
     token: int = tokenizer.convert_tokens_to_ids("<image>")
-    (folder / "config.json").write_text(json.dumps(seeing(len(tokenizer), token, SIZE, PATCH, SCALE)))
+    (folder / "config.json").write_text(json.dumps(seeing(len(tokenizer), token, SIZE, PATCH, SCALE) | more))
     return str(folder), token
 
 

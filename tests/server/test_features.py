@@ -114,6 +114,12 @@ def test_prompts_that_pass_shared_layers_by(results: Results) -> None:
     assert_same(answers(results, "shared, True/auto"), answers(results, f"shared, True/{LOSSLESS}"))
 
 
+def test_text_alone(results: Results) -> None:
+    """A model whose images are a bidirectional prefix, without images: vLLM then attends causally everywhere."""
+    assert set(results[f"text alone/{K4V4}"]["layers"].values()) == {K4V4}
+    assert_same(answers(results, "text alone/auto"), answers(results, f"text alone/{LOSSLESS}"))
+
+
 def test_preemption(results: Results) -> None:
     for dtype in ("auto", *BOTH):
         assert results[f"preemption/{dtype}"]["metrics"]["num_preemptions"] > 0, dtype
