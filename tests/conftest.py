@@ -1,4 +1,4 @@
-"""Shared by all tests: cores shared between workers, Triton's interpreter where there is no GPU, a printed seed per test."""
+"""Shared by all tests: cores divided between workers, Triton's interpreter where there is no GPU, a printed seed per test."""
 
 import importlib
 import importlib.util
@@ -7,11 +7,18 @@ import random
 
 import pytest
 
+ON_GPU = os.path.exists("/dev/nvidiactl")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # Each worker's torch would start a thread a core; read when torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    if not ON_GPU:
+        # Engines count the cores that they may run on, and threads of two that wait for each other in loops take ten times as
+        # long as on a core of their own.
+        cores, worker = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        os.environ["TEST_CORES"] = ",".join(map(str, cores))
+        os.sched_setaffinity(0, cores[worker::workers] or {cores[worker % len(cores)]})
 
-if not os.path.exists("/dev/nvidiactl") and importlib.util.find_spec("triton"):
+if not ON_GPU and importlib.util.find_spec("triton"):
     # Triton chooses between compiler and interpreter when a function is decorated: its own library's functions at import,
     # which torch may do, and ours at the first import by any test. Unset again, so that servers which tests start do not
     # inherit it; `kernels/interpreted.py` sets it for its runs.

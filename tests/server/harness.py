@@ -101,7 +101,8 @@ class Server:
             {"VLLM_CACHE_ROOT": str(self.log_path.with_suffix(".cache"))} | os.environ | ENVIRONMENT | dict(flags.environment)
         )
         if flags.cores > 1:
-            own = sorted(os.sched_getaffinity(0))
+            cores = os.environ["TEST_CORES"].split(",") if "TEST_CORES" in os.environ else os.sched_getaffinity(0)
+            own = sorted(map(int, cores))
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(own[i % len(own)]) for i in range(flags.cores))
         with self.log_path.open("wb") as output:
             output.write(f"{shlex.join(command)}\n".encode())
