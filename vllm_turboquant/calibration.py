@@ -48,7 +48,10 @@ def calibrate_worker(worker: Any) -> tuple[Path | None, str]:
     modules = {id(module) for module in model.modules()}
     context: dict[str, Any] = config.compilation_config.static_forward_context
     attention = {name: layer for name, layer in context.items() if isinstance(layer, AttentionLayerBase) and id(layer) in modules}
-    layers = {name: layer for name, layer in attention.items() if _coded(getattr(layer, "impl", None))}
+    # A drafter's layers too where they read the model's own cache.
+    shared = shared_layers(config)
+    read = {name: layer for name, layer in context.items() if name in attention or shared.get(name) in attention}
+    layers = {name: layer for name, layer in read.items() if _coded(getattr(layer, "impl", None))}
     if not layers:
         return None, "keys exact"
     setting = TurboQuantSettings.from_additional_config(config.additional_config).calibration
@@ -64,8 +67,7 @@ def calibrate_worker(worker: Any) -> tuple[Path | None, str]:
         if noisy:
             _log("TurboQuant: %s", keep_exact(noisy, layers, config), warn=True)
             layers = {name: layer for name, layer in layers.items() if _coded(layer.impl)}
-    readers = {name: context[name] for name, target in shared_layers(config).items() if target in layers}
-    _set(layers | {name: layer for name, layer in readers.items() if _coded(getattr(layer, "impl", None))}, bases, worker)
+    _set(layers, bases, worker)
     return path, keys
 
 

@@ -80,9 +80,9 @@ def _run_once(impl: TurboQuantImpl, dtype: torch.dtype, block_size: int, max_que
         context_key, context_value, _ = prefill_scratch(1, heads, kv_heads, d, dtype)
         load_context(cache, table, torch.zeros_like(one), starts, 1, context_key, context_value, fmt, impl.basis)
     if impl.flash_attention == 4:  # which is compiled when it is first called
+        raw = None if impl.kv_sharing_target_layer_name is not None else (key, value)
         for older in (0, 1):
             plan = PrefillPlan(0, 0, [1], [older], starts, one * older)
-            raw = None if impl.kv_sharing_target_layer_name is not None else (key, value)
             attend_prefill(impl, plan, query, raw, cache, table, torch.empty_like(query))
     recent = None
     if impl.recent is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ..server.answers import complete, story
+from ..server.answers import complete, parting, story
 from ..server.harness import LOSSLESS, Flags, ServerPool, side_by_side
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +45,8 @@ def closeness(alone, together):
     """Share of tokens before answers part, for each answer; and the largest gap of log-probabilities before."""
     shares, gap = [], 0.0
     for a, b in zip(alone, together, strict=True):
-        common = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), TOKENS)
+        parted = parting(a.tokens, b.tokens)
+        common = TOKENS if parted is None else parted
         gap = max([gap, *(abs(x - y) for x, y in zip(a.logprobs[:common], b.logprobs[:common], strict=True))])
         shares.append(common / TOKENS)
     return shares, gap

@@ -5,6 +5,7 @@ import statistics
 import pytest
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
+from ..server.answers import parting
 from ..server.features import Jobs
 from ..server.test_engines import deviations
 from ..server.test_kinds import K4V4, LLM, OPTIONS
@@ -37,7 +38,7 @@ def check_near(ours, plain):
     """Along the texts that two lists of answers have in common. Returns by how much log-probabilities moved on average."""
     moved = []
     for a, b in zip(ours, plain, strict=True):
-        parted = next((i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=True)) if x != y), None)
+        parted = parting(a["tokens"], b["tokens"])
         for key, common in (("prompt_logprobs", None), ("logprobs", parted)):
             moved += [abs(x - y) for x, y in zip(a[key][:common], b[key][:common], strict=True)]
         if parted is not None:

@@ -83,13 +83,19 @@ def chat(server: Server, question: str, max_tokens: int) -> Answer:
     return Answer(choice.message.content, [s.token for s in steps], [s.logprob for s in steps], gaps, usage.prompt_tokens)
 
 
+def parting(one: Sequence[object], other: Sequence[object]) -> int | None:
+    """The first place at which two texts of one length differ; None where they are the same."""
+    return next((i for i, (x, y) in enumerate(zip(one, other, strict=True)) if x != y), None)
+
+
 def assert_same(expected: Sequence[Answer], got: Sequence[Answer]) -> None:
     """Token for token, values within rounding. One answer may part at a tie, from where on it is another text."""
     assert len(expected) == len(got) > 0
     ties, worst = 0, 0.0
     for number, (a, b) in enumerate(zip(expected, got, strict=True)):
         assert len(a.tokens) == len(b.tokens) == len(a.logprobs) == len(b.logprobs) == len(a.gaps)
-        common = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), len(a.tokens))
+        parted = parting(a.tokens, b.tokens)
+        common = len(a.tokens) if parted is None else parted
         worst = max([worst, *(abs(x - y) for x, y in zip(a.logprobs[:common], b.logprobs[:common], strict=True))])
         if common == len(a.tokens):
             assert a.text == b.text

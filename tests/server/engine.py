@@ -18,15 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ACTIONS: dict[str, Callable[[Any], object]] = {
-    "ask again": lambda llm: None,
-    "reset the prefix cache": lambda llm: llm.reset_prefix_cache(),
-    "reload the weights": lambda llm: llm.collective_rpc("reload_weights"),
-    "sleep at level 1": lambda llm: (llm.sleep(1), llm.wake_up()),
-    "sleep at level 2": lambda llm: sleep_without_weights(llm),
-}
-_collect, _freeze = gc.collect, gc.freeze
-
 
 def sleep_without_weights(llm: Any) -> None:
     """As people do who bring new weights: memory for the cache comes back last."""
@@ -34,6 +25,16 @@ def sleep_without_weights(llm: Any) -> None:
     llm.wake_up(tags=["weights"])
     llm.collective_rpc("reload_weights")
     llm.wake_up(tags=["kv_cache"])
+
+
+ACTIONS: dict[str, Callable[[Any], object]] = {
+    "ask again": lambda llm: None,
+    "reset the prefix cache": lambda llm: llm.reset_prefix_cache(),
+    "reload the weights": lambda llm: llm.collective_rpc("reload_weights"),
+    "sleep at level 1": lambda llm: (llm.sleep(1), llm.wake_up()),
+    "sleep at level 2": sleep_without_weights,
+}
+_collect, _freeze = gc.collect, gc.freeze
 
 
 def ask(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:

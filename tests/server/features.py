@@ -18,13 +18,19 @@ BOTH = (LOSSLESS, K4V4)
 NGRAM = {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
 UNCALIBRATED = {"additional_config": {"turboquant": {"calibration": "off"}}}
 TARGET = "target"
+# Method to target and drafter; None: it is part of the target, or there is none.
+DRAFTERS: dict[str, tuple[str, str | None]] = {
+    "ngram": (TARGET, None),
+    "draft model": (TARGET, "drafter"),
+    "eagle": (TARGET, "eagle"),
+    "eagle3": (TARGET, "eagle 3"),
+    "mtp": ("glm 4 moe", None),
+    "mtp of gemma 4": ("gemma 4", "gemma 4 assistant"),
+}
 SPECULATION: dict[str, tuple[str, str | None, int]] = {
-    **{f"ngram, {drafts}": (TARGET, None, drafts) for drafts in (1, 3, 7)},
-    **{f"draft model, {drafts}": (TARGET, "drafter", drafts) for drafts in (1, 3, 7)},
-    "eagle, 3": (TARGET, "eagle", 3),
-    "eagle3, 3": (TARGET, "eagle 3", 3),
-    "mtp, 3": ("glm 4 moe", None, 3),
-    "mtp of gemma 4, 3": ("gemma 4", "gemma 4 assistant", 3),
+    f"{method}, {drafts}": (*DRAFTERS[method], drafts)
+    for method in DRAFTERS
+    for drafts in ((1, 3, 7) if method in ("ngram", "draft model") else (3,))
 }
 QUANTISED = ("awq", "gptq", "fp8")
 CODED = 3  # drafts with which codes run as well
@@ -87,10 +93,9 @@ def run(root: Path, seed: int, smollm2: Path) -> Results:
         again = {"given": False, "max_tokens": 8, "then": ["ask again", "reset the prefix cache"]}
         for kind in ("llama", "gemma 3"):  # full attention, windows
             jobs.add(f"prefixes of {kind}/{dtype}", kind, dtype, again, disable_log_stats=False)
-        for fast in (False, True):
-            asked = {"given": False, "max_tokens": 8}
-            long = {"max_model_len": 1024}  # keys stored by position, which such batches do not tell
-            jobs.add(f"shared, {fast}/{dtype}", "gemma 3n", dtype, asked, kv_sharing_fast_prefill=fast, **long)
+        short = {"given": False, "max_tokens": 8}
+        for fast in (False, True):  # keys stored by position, which such batches do not tell
+            jobs.add(f"shared, {fast}/{dtype}", "gemma 3n", dtype, short, kv_sharing_fast_prefill=fast, max_model_len=1024)
         jobs.add(f"preemption/{dtype}", "llama", dtype, disable_log_stats=False, num_gpu_blocks_override=9, block_size=32)
         grammar = {"tokenizer": str(smollm2), "skip_tokenizer_init": False}
         jobs.add(f"embedding/{dtype}", "words", dtype, {"embed": True}, runner="pooling", convert="embed", **grammar)
