@@ -112,12 +112,16 @@ DEVICE void add_values(State &a, const Levels &table, u32 slot, int lane, const 
 DEVICE void add_values(State &a, const Levels &table, u32 slot, int lane, const u32 (*weights)[TILES][PANELS][2]) {
   ValueHalf first[2], second[2];
 #pragma unroll
-  for (int u = 0; u < 2; u++) {
-    load_value_half(slot + u * UNIT_BYTES, lane, 0, first[u]);
-    load_value_half(slot + u * UNIT_BYTES, lane, 1, second[u]);
-  }
-#pragma unroll
   for (int part = 0; part < D / 32; part++) {
+    const int step = part / (D / 32 / VALUE_STEPS);
+    if (part % (D / 32 / VALUE_STEPS) == 0) {
+      if (step) sync_warp();  // the compiler would join the steps' loads
+#pragma unroll
+      for (int u = 0; u < 2; u++) {
+        load_value_step(slot + u * UNIT_BYTES, lane, 0, step, first[u]);
+        load_value_step(slot + u * UNIT_BYTES, lane, 1, step, second[u]);
+      }
+    }
     u32 x[2][4], y[2][4];
 #pragma unroll
     for (int u = 0; u < 2; u++) {
@@ -142,12 +146,15 @@ DEVICE void add_values(State &a, const Levels &table, u32 slot, int lane, const 
 }
 #endif
 
-// Attends to the two units in `slot`, whose first token is `token`.
-DEVICE void attend_pair(const Params &p, State &a, const Bounds &b, const Levels &keys, const Levels &values, u32 slot, int token,
-                        int lane) {
+// Attends to the two units in `slot`, whose first token is `token`. `queries`: as `load_operands` reads them.
+DEVICE void attend_pair(const Params &p, State &a, const Bounds &b, const Levels &keys, const Levels &values, const u16 *queries,
+                        u32 slot, int token, int lane) {
   const int g = lane >> 2, t = lane & 3;
   float score[2][TILES][4], value_scale[2][PANELS][2];
   u32 weights[2][TILES][PANELS][2], hidden = 0, key_scales[2];
+  if (!QUERIES_STAY)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) load_operands(a.query[n], queries, n, g, t);
 #pragma unroll
   for (int u = 0; u < 2; u++) {
     const float *gains = b.gains;

@@ -142,6 +142,26 @@ template <typename Unit> DEVICE void load_value_half(Unit unit, int lane, int ha
 #endif
 }
 
+// In how many steps a lane loads a half from shared memory, each as many of its dims: 256 at once would fill the registers.
+#define VALUE_STEPS (D == 256 && (VALUE_BITS == 4 || TIGHT_REGISTERS) ? 2 : 1)
+
+DEVICE void load_value_step(u32 unit, int lane, int half, int step, ValueHalf &r) {
+#if VALUE_STEPS == 1
+  load_value_half(unit, lane, half, r);
+#elif VALUE_BITS == 4
+  const u32 base = unit + VALUE0_BASE + half * 1024 + lane * 16 + step * 8;
+  load_words<2>(base, r.even + 2 * step);
+  load_words<2>(base + 512, r.odd + 2 * step);
+#else
+  const u32 base = unit + VALUE0_BASE + half * 512 + lane * 16 + step * 4;
+  load_words<1>(base, r.low + step);
+  load_words<1>(base + 8, r.low + 2 + step);
+#if VALUE_BITS == 3
+  if (step == 0) load_words<2>(unit + VALUE1_BASE + half * 256 + lane * 8, r.top);
+#endif
+#endif
+}
+
 #if VALUE_BITS == 3
 // The codes' highest bits at bit 2 of each nibble, in the order of `interleave`.
 DEVICE void value_top_bits(const ValueHalf &r, int octet, u32 &x, u32 &y) {

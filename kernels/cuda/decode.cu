@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS) turboquant_de
 #pragma unroll 1
     for (int i = 0; i < steps; i++, token += WARPS * 32) {
       ring.wait(slot, phase);
-      attend_pair(p, state, bounds, keys, values, ring.slots + slot * SLOT_BYTES, token, lane);
+      attend_pair(p, state, bounds, keys, values, queries, ring.slots + slot * SLOT_BYTES, token, lane);
       sync_warp();
       ring.advance(p, warp, lane);
       if (slot + 1 == STAGES) {

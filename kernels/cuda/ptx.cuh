@@ -58,6 +58,7 @@ DEVICE float f16_high(u32 pair) {
 }
 
 #define WIDENS_E4M3 (__CUDA_ARCH__ >= 890)
+#define TIGHT_REGISTERS (__CUDA_ARCH__ >= 1200)  // the compiler uses more of them for the same code
 
 #if WIDENS_E4M3
 // Four e4m3 bytes as fp16: pairs of the first two and of the last two.

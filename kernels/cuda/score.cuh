@@ -1,6 +1,8 @@
 // One warp's scores over units of 16 tokens, and what hides them.
 
 #define HIDDEN -1e38f  // below any score: the weight becomes exactly 0
+// Queries of 256 dims do not fit into registers beside values: they are loaded anew for each pair of units.
+#define QUERIES_STAY (D < 256)
 
 struct State {
   u32 query[TILES][D / 8];  // MMA operands
@@ -23,7 +25,7 @@ struct Bounds {
 DEVICE void begin_state(State &a, const u16 *queries, const float *factors, int g, int t) {
 #pragma unroll
   for (int n = 0; n < TILES; n++) {
-    load_operands(a.query[n], queries, n, g, t);
+    if (QUERIES_STAY) load_operands(a.query[n], queries, n, g, t);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       a.factor[n][e] = factors[n * 8 + 2 * t + e];

@@ -99,6 +99,7 @@ DEVICE u32 prmt(u32 a, u32 b, u32 selector) {
   return r;
 }
 #define WIDENS_E4M3 BULK
+#define TIGHT_REGISTERS !BULK
 DEVICE float e4m3_to_float(u32 x) {
   float magnitude = x & 0x78 ? ldexpf(8 + (x & 7), (int)(x >> 3 & 15) - 10) : ldexpf(x & 7, -9);
   return x & 0x80 ? -magnitude : magnitude;

@@ -46,23 +46,23 @@ def families():
     for arch in (80, 89, 100, 120):
         for head_size in HEAD_SIZES:
             yield arch, "turboquant", head_size, True, 4, 1, PLAIN
+        for preset in COVERED:  # heads of 256 dims fill the register file
+            yield arch, preset, 256, arch != 80, 4, 1, PLAIN
+        yield arch, "turboquant", 256, True, 4, 1, BUCKETS
         yield arch, "turboquant-k3v3", 128, False, 8, 8, (True, True, 16)
         yield arch, "turboquant", 128, True, 4, 1, BUCKETS
         yield arch, "turboquant-k2v2", 128, True, 4, 1, RECENT
 
 
 @pytest.mark.parametrize(("arch", "preset", "head_size", "bf16", "group", "query_len", "options"), list(families()))
-def test_compiles(arch, preset, head_size, bf16, group, query_len, options):
+def test_compiles_without_spills(arch, preset, head_size, bf16, group, query_len, options):
     pytest.importorskip("cuda.bindings.nvrtc")
     fmt = page_format(preset, head_size)
     variant = launch.choose_variant(DEVICES[arch], Options(fmt, 32, bf16, group, query_len, *options))
     cubin, log = nvrtc.compile_cubin(variant, arch, ("--ptxas-options=-v",))
     assert cubin.startswith(b"\x7fELF")
-    ((stores, loads),) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    # Heads of 256 dims fill the register file; what they spill lies outside the loop over tokens: some cycles a segment.
-    most_stores, most_loads = (0, 0) if head_size < 256 and options in (PLAIN, BASIS, BUCKETS, RECENT) else (192, 320)
-    assert int(stores) <= most_stores and int(loads) <= most_loads, log
-    print(f"sm_{arch} {preset} d={head_size} {options}: {variant.tuning}, {stores} + {loads} bytes spilled")
+    assert "0 bytes spill stores, 0 bytes spill loads" in log, log
+    print(f"sm_{arch} {preset} d={head_size} {options}: {variant.tuning}")
 
 
 CONTEXT_FAMILIES = [

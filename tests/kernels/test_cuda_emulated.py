@@ -57,6 +57,14 @@ def test_every_format(preset, head_size, dtype, seed):
     check(batch, dtype, head_size**-0.5, 1)
 
 
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("preset", COVERED)
+def test_every_format_as_other_cards_read_it(preset, head_size, seed):
+    """Without bulk copies and the instruction that widens levels, with fewer registers."""
+    batch = make_batch(page_format(preset, head_size), LENGTHS, [1] * 7, 2, 4, 32, seed)
+    check(batch, BF16, head_size**-0.5, 1, tuning=Tuning(2, 2, 2, False))
+
+
 @pytest.mark.parametrize("block_size", (16, 32, 64))
 @pytest.mark.parametrize(("group", "query_lens"), ((1, 1), (3, 1), (7, 1), (16, 1), (2, 3), (4, 5), (7, 8)))
 def test_shapes(group, query_lens, block_size, seed):
