@@ -10,6 +10,7 @@ from a sixth of the time on. Appends a row to results/soak_<card>.jsonl and ends
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import re
 import sys
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from vllm.third_party import pynvml
 
 from vllm_turboquant import demo
 
@@ -37,24 +39,33 @@ GRAPHS = (
 )
 
 
+def session_of(process: int | str) -> int | None:
+    """Of a process, None if it has ended."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[3])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
 def host_mib(session: int) -> float:
     """Memory that the processes of a session have for themselves, pages shared by n counted as one n-th."""
     total = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(stat.read_text().rsplit(")", 1)[1].split()[3]) == session:
-                total += int(re.findall(r"^Pss:\s+(\d+)", (stat.parent / "smaps_rollup").read_text(), re.MULTILINE)[0])
-        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
-            continue
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            if session_of(folder.name) == session:
+                total += int(re.findall(r"^Pss:\s+(\d+)", (folder / "smaps_rollup").read_text(), re.MULTILINE)[0])
     return total / 1024
 
 
-def card_mib() -> float:
-    """What the card's memory holds, of all processes."""
+def card_mib(session: int) -> float:
+    """Memory of the first card that the processes of a session have; that all have, where the driver does not tell them apart."""
     if not torch.cuda.is_available():
         return 0.0
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / 2**20
+    pynvml.nvmlInit()
+    card = pynvml.nvmlDeviceGetHandleByIndex(0)
+    processes = pynvml.nvmlDeviceGetComputeRunningProcesses(card)
+    own = sum(process.usedGpuMemory or 0 for process in processes if session_of(process.pid) == session)
+    return (own or pynvml.nvmlDeviceGetMemoryInfo(card).used) / 2**20
 
 
 def watch(server: Server, until: float, warm: float) -> dict[str, float]:
@@ -62,7 +73,7 @@ def watch(server: Server, until: float, warm: float) -> dict[str, float]:
     assert server.process is not None
     peaks = {name: [0.0, 0.0] for name in ("host", "card")}
     while (now := time.monotonic()) < until:
-        for name, mib in (("host", host_mib(server.process.pid)), ("card", card_mib())):
+        for name, mib in (("host", host_mib(server.process.pid)), ("card", card_mib(server.process.pid))):
             peaks[name][now > warm] = max(peaks[name][now > warm], mib)
         time.sleep(5)
     return {f"{name}_mib": round(before) for name, (before, _) in peaks.items()} | {
