@@ -69,6 +69,16 @@ def test_preemption(engines):
     check(results)
 
 
+def test_priorities(engines):
+    """The last to come is served first, so that others give up their blocks to it."""
+    crowded = CROWDED | {"scheduling_policy": "priority", "num_gpu_blocks_override": 9, "disable_log_stats": False}
+    engines.each("llama", dtypes=("auto",))
+    engines.each("llama", {"priorities": [4, 3, 2, 1, 0]}, dtypes=(LOSSLESS, K4V4), **crowded)
+    results = engines.run()
+    assert all(results[kv]["metrics"]["num_preemptions"] > 0 for kv in (LOSSLESS, K4V4))
+    check(results)
+
+
 def test_grammar(engines, smollm2):
     from transformers import AutoTokenizer
 

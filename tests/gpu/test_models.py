@@ -21,7 +21,7 @@ from .engines import LOSSLESS
 from .tiny_engines import CARD_OPTIONS, GRAPHS, check, check_near, skip_without_large_heads
 
 pytestmark = pytest.mark.gpu
-KINDS = tuple(kind for kind in SHAPES if kind != "llama")  # which is in other tests here
+KINDS = (*(kind for kind in SHAPES if kind != "llama"), "jamba")  # llama is in other tests here
 
 
 @pytest.mark.parametrize("kind", KINDS)

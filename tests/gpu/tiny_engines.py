@@ -8,13 +8,16 @@ from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from ..server.answers import parting
 from ..server.features import Jobs
 from ..server.test_engines import deviations
-from ..server.test_kinds import K4V4, LLM, OPTIONS
+from ..server.test_kinds import K4V4, LLM, OPTIONS, STATES
 from .engines import LOSSLESS
 
 DTYPES = ("auto", LOSSLESS, K4V4)
 CARD = LLM | {"dtype": "bfloat16", "kv_cache_memory_bytes": 64 << 20}
-# The other one is compiled by flashinfer, for minutes.
-CARD_OPTIONS = {"qwen 3 next": {"additional_config": {"gdn_prefill_backend": "triton"}}}
+CARD_OPTIONS = {
+    # The other one is compiled by flashinfer, for minutes.
+    "qwen 3 next": {"additional_config": {"gdn_prefill_backend": "triton"}},
+    "jamba": STATES,
+}
 # Decodes replay from graphs; without a compiler, which these models would wait for.
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
 # bf16 keeps 8 bits: attention that is rounded at other places moves most log-probabilities of these models by a few hundredths,

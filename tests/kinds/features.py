@@ -86,7 +86,7 @@ FEATURES = (
             "gpu/test_features.py::test_preemption",
         ),
     ),
-    Kind("Priority scheduling", WORKS, (SCHEDULES,)),
+    Kind("Priority scheduling", WORKS, (SCHEDULES,), ("gpu/test_features.py::test_priorities",)),
     Kind("Structured output", WORKS, ("server/test_features.py::test_grammar",), ("gpu/test_features.py::test_grammar",)),
     Kind(
         "LoRA adapters: keys are not calibrated",

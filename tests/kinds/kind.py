@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WORKS, REFUSED, PLANNED, UNTESTED = "works", "refused", "starts", "not tested"
+WORKS, REFUSED, UNTESTED = "works", "refused", "not tested"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .kind import ANSWERS, CAPACITY, CARD_ANSWERS, ON_GPU, ORACLE, ORDINARY, PLANNED, REFUSALS, REFUSED, WORKS, Kind, of
+from .kind import ANSWERS, CAPACITY, CARD_ANSWERS, ON_GPU, ORACLE, ORDINARY, REFUSALS, REFUSED, WORKS, Kind, of
 
 MODELS = (
     Kind(
@@ -107,8 +107,9 @@ MODELS = (
     ),
     Kind(
         "Hybrids: Jamba, states padded by 3.1% (vLLM has no such kernel on a CPU)",
-        PLANNED,
+        WORKS,
         ("plugin/test_planning.py::test_padding_of_hybrids",),
+        of(CARD_ANSWERS, "jamba"),
     ),
     Kind("MLA (DeepSeek)", REFUSED, (*of(REFUSALS, "MLA"), "plugin/test_refusals_cli.py::test_last_line_is_the_sentence[MLA]")),
     Kind(

@@ -4,8 +4,8 @@ For what needs many start-ups and no HTTP. A process of its own, because an engi
 other tests import other versions of vLLM. A job: {"name", "prompts": [[token, ...], ...], "max_tokens",
 "llm": {arguments}}, and optionally "then": what is done before the prompts are asked again, by the names in ``ACTIONS``, one
 list of answers more for each; "given": False leaves out the prompts' log-probabilities, with which no prefix is reused;
-"regex": what answers must match; "lora": the folder of an adapter; "images": by prompt the seed of a picture, or null; "embed":
-True asks a pooling model for embeddings instead.
+"regex": what answers must match; "lora": the folder of an adapter; "images": by prompt the seed of a picture, or null;
+"priorities": by prompt, the least is served first; "embed": True asks a pooling model for embeddings instead.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def generated(llm: Any, job: dict[str, Any], prompts: list[dict[str, Any]]) -> l
     for prompt, seed in zip(prompts, job.get("images", ()), strict=False):
         if seed is not None:
             prompt["multi_modal_data"] = {"image": picture(seed)}
-    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter, priority=job.get("priorities"))
     answers = []
     for output in outputs:
         steps = [sorted((p.logprob for p in step.values()), reverse=True) for step in output.outputs[0].logprobs]

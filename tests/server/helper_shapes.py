@@ -85,6 +85,25 @@ HELPERS: dict[str, dict[str, Any]] = {
         }
     },
     "words": LLAMA | {"vocab_size": 49152},  # SmolLM2's
+    # vLLM has no kernel of its states on a CPU.
+    "jamba": COMMON
+    | {
+        "architectures": ["JambaForCausalLM"],
+        "model_type": "jamba",
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_dt_rank": 16,
+        "amplified": {"o_proj": 8.0},  # beside states, attention says little
+    },
 }
 
 
