@@ -34,14 +34,14 @@ def read(name: str) -> list[Row]:
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
-def decode_rows(of_shape: Row | None = None, fewest: int = 1) -> list[Row]:
+def decode_rows(of_shape: Row | None = None, fewest: int = 1, card: str = "h100") -> list[Row]:
     """The newest row of each shape that was timed beside its rivals, all of one tree: the newest that has ``fewest`` shapes.
 
     of_shape: of shapes with these values.
     """
     wanted = (of_shape or {}).items()
     trees: dict[str, dict[tuple[Any, ...], Row]] = {}
-    for row in read("decode_h100"):
+    for row in read(f"decode_{card}"):
         if row["fa3_bf16_ms"] and all(row[key] == value for key, value in wanted):
             trees.setdefault(row["kernels_tree"], {})[tuple(row[key] for key in SHAPE)] = row
     return list([rows for rows in trees.values() if len(rows) >= fewest][-1].values())
@@ -77,6 +77,24 @@ def decode_table(rows: list[Row]) -> list[str]:
             f"| {calibrated:.4f} | {still} |"
         )
     return lines
+
+
+def decode_elsewhere() -> list[str]:
+    """The table's shapes on the other card, in a sentence."""
+    rows = decode_rows(card="h200")
+
+    def faster(key: str) -> str:
+        ratios = [row[key] / row["ours_ms"] for row in rows]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    long = next(row for row in rows if (row["B"], row["L"], row["lengths"]) == (64, 32768, "equal"))
+    return [
+        f"The same shapes on {rows[0]['card']}, data-free: {faster('fa3_bf16_ms')} times as fast as bf16, "
+        f"{faster('fa3_fp8_ms')} as fp8;",
+        f"64 x 32768 {long['fa3_bf16_ms'] / long['ours_ms']:.2f} and {long['fa3_fp8_ms'] / long['ours_ms']:.2f}, at "
+        f"{long['floor_ms'] / long['ours_ms']:.0%} of memory's limit: its memory is faster, its arithmetic is not.",
+        "",
+    ]
 
 
 def engine_table() -> list[str]:
@@ -196,6 +214,7 @@ def section() -> str:
         "",
         *decode_table(decode),
         "",
+        *decode_elsewhere(),
         picture("decode_context", "Time of one decode step against context"),
         "",
         "A Llama-3.1-8B shape in vLLM's engine, one call a card (`tests/bench/engine.py`). An output token is a step that",
