@@ -9,10 +9,10 @@ project's kernels and copies.
 
 What racecheck may say is a warning, never an error: that a warp's reads of a pair of units that bulk copies brought are not
 synchronised with them ("invalid async operation synchronization"). On an H100 once in some hundred pairs; on an H200 in none of
-330,000 with heads of 128 dims, with 256 in one of some ten thousand, always the first pair of a ring. Why is not known: a ring of
-the same copies, barriers and waits without the decode has none in three million pairs. FlashAttention's authors report the like;
-``copies`` has no warnings. That each lane waits for each copy, and no copy starts before the last read, is checked where copies
-land as late as they may: `tests/kernels/emulator_copies.h`.
+330,000 with heads of 128 dims, with 256 in one of some ten thousand, where looked at the first pair of a ring. Why is not known:
+a ring of the same copies, barriers and waits without the decode has none in three million pairs. FlashAttention's authors report
+the like; ``copies`` has no warnings. That each lane waits for each copy, and no copy starts before the last read, is checked
+where copies land as late as they may: `tests/kernels/emulator_copies.h`.
 """
 
 import sys
