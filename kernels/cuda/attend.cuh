@@ -118,8 +118,8 @@ DEVICE void add_values(State &a, const Levels &table, u32 slot, int lane, const 
       if (step) sync_warp();  // the compiler would join the steps' loads
 #pragma unroll
       for (int u = 0; u < 2; u++) {
-        load_value_step(slot + u * UNIT_BYTES, lane, 0, step, first[u]);
-        load_value_step(slot + u * UNIT_BYTES, lane, 1, step, second[u]);
+        load_value_half<VALUE_STEPS>(slot + u * UNIT_BYTES, lane, 0, first[u], step);
+        load_value_half<VALUE_STEPS>(slot + u * UNIT_BYTES, lane, 1, second[u], step);
       }
     }
     u32 x[2][4], y[2][4];

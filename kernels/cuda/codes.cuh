@@ -119,12 +119,17 @@ struct ValueHalf {
 #endif
 };
 
-template <typename Unit> DEVICE void load_value_half(Unit unit, int lane, int half, ValueHalf &r) {
+// Steps in which the decode loads a half: 256 dims at once would fill the registers.
+#define VALUE_STEPS (D == 256 && (VALUE_BITS == 4 || TIGHT_REGISTERS) ? 2 : 1)
+
+// With two STEPS, which 256 dims may have, each brings half of the dims.
+template <int STEPS = 1, typename Unit> DEVICE void load_value_half(Unit unit, int lane, int half, ValueHalf &r, int step = 0) {
 #if VALUE_BITS == 4
   Unit base = unit + VALUE0_BASE;
 #if D == 256
-  load_words<4>(base + (2 * half) * 512 + lane * 16, r.even);
-  load_words<4>(base + (2 * half + 1) * 512 + lane * 16, r.odd);
+  const int words = 4 / STEPS;
+  load_words<words>(base + (2 * half) * 512 + lane * 16 + step * 4 * words, r.even + step * words);
+  load_words<words>(base + (2 * half + 1) * 512 + lane * 16 + step * 4 * words, r.odd + step * words);
 #else
   u32 words[2 * VALUE_OCTETS];
   load_words<2 * VALUE_OCTETS>(base + half * (256 * VALUE_OCTETS) + lane * (8 * VALUE_OCTETS), words);
@@ -132,32 +137,19 @@ template <typename Unit> DEVICE void load_value_half(Unit unit, int lane, int ha
   for (int i = 0; i < VALUE_OCTETS; i++) r.even[i] = words[i], r.odd[i] = words[VALUE_OCTETS + i];
 #endif
 #else
-  load_words<D / 64>(unit + VALUE0_BASE + half * (2 * D) + lane * (D / 16), r.low);
+  Unit base = unit + VALUE0_BASE + half * (2 * D) + lane * (D / 16);
+  if constexpr (STEPS == 1) {
+    load_words<D / 64>(base, r.low);
+  } else {
+    load_words<1>(base + 4 * step, r.low + step);
+    load_words<1>(base + 8 + 4 * step, r.low + 2 + step);
+  }
 #if VALUE_BITS == 3
+  if (step > 0) return;
   Unit top = unit + VALUE1_BASE + half * D + lane * (D / 32);
   if (D == 256) load_words<2>(top, r.top);
   if (D == 128) load_words<1>(top, r.top);
   if (D == 64) load_half_word(top, r.top);
-#endif
-#endif
-}
-
-// In how many steps a lane loads a half from shared memory, each as many of its dims: 256 at once would fill the registers.
-#define VALUE_STEPS (D == 256 && (VALUE_BITS == 4 || TIGHT_REGISTERS) ? 2 : 1)
-
-DEVICE void load_value_step(u32 unit, int lane, int half, int step, ValueHalf &r) {
-#if VALUE_STEPS == 1
-  load_value_half(unit, lane, half, r);
-#elif VALUE_BITS == 4
-  const u32 base = unit + VALUE0_BASE + half * 1024 + lane * 16 + step * 8;
-  load_words<2>(base, r.even + 2 * step);
-  load_words<2>(base + 512, r.odd + 2 * step);
-#else
-  const u32 base = unit + VALUE0_BASE + half * 512 + lane * 16 + step * 4;
-  load_words<1>(base, r.low + step);
-  load_words<1>(base + 8, r.low + 2 + step);
-#if VALUE_BITS == 3
-  if (step == 0) load_words<2>(unit + VALUE1_BASE + half * 256 + lane * 8, r.top);
 #endif
 #endif
 }
