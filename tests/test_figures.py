@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .bench.figures import CARDS, PICTURES, context_rows, decode_rows, engine_rows, with_section
+from .bench.figures import PICTURES, with_section
+from .bench.newest import CARDS, context_rows, decode_rows, engine_rows
 
 
 def test_readme_is_what_make_figures_writes() -> None:

@@ -2,63 +2,25 @@
 
     python -m tests.bench.figures        writes README.md's figures section and the pictures
 
-The table of decode times is that of the newest kernels, the picture that of the newest ones that were timed over all contexts; of
-engine rows the newest call of each card counts. Ratios are of times in one row or one call.
+Which rows count is said in `newest`. Ratios are of times in one row or one call.
 """
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from vllm_turboquant.config import is_ours, stored
 from vllm_turboquant.kernels.format import PRESETS, page_format
 
+from .newest import CARDS, CONTEXTS, MODELS, Row, decode_rows, engine_rows, fidelity_rows, read
 from .rows import RESULTS, ROOT
 
-Row = dict[str, Any]
 MARKS = {  # of what is written into README.md
     "figures": ("<!-- figures: make figures -->\n", "<!-- end of figures -->\n"),
     "presets": ("<!-- presets: make figures -->\n", "<!-- end of presets -->\n"),
 }
 PICTURES = {name: RESULTS / f"{name}.svg" for name in ("decode_context", "fidelity", "capacity", "slots")}
-CARDS = ("h100", "h200")
 HEAD = 128  # dims of the heads where bytes are told
-MODELS = ("SmolLM2-135M-Instruct", "Qwen2.5-Coder-1.5B-Instruct")
-CONTEXTS, LONG = (512, 4096), 8192
-SHAPE = ("preset", "B", "L", "lengths", "Hq", "Hk", "D", "page")
+LONG = 8192
 RIVALS = (("fa3_bf16_ms", "FlashAttention 3 bf16"), ("fa3_fp8_ms", "FlashAttention 3 fp8"), ("builtin_ms", "vLLM's 4bit_nc"))
-
-
-def read(name: str) -> list[Row]:
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-
-
-def decode_rows(of_shape: Row | None = None, fewest: int = 1, card: str = "h100") -> list[Row]:
-    """The newest row of each shape that was timed beside its rivals, all of one tree: the newest that has ``fewest`` shapes.
-
-    of_shape: of shapes with these values.
-    """
-    wanted = (of_shape or {}).items()
-    trees: dict[str, dict[tuple[Any, ...], Row]] = {}
-    for row in read(f"decode_{card}"):
-        if row["fa3_bf16_ms"] and all(row[key] == value for key, value in wanted):
-            trees.setdefault(row["kernels_tree"], {})[tuple(row[key] for key in SHAPE)] = row
-    return list([rows for rows in trees.values() if len(rows) >= fewest][-1].values())
-
-
-def context_rows() -> list[Row]:
-    """What the picture shows, by context."""
-    shape = {"preset": "turboquant", "B": 32, "lengths": "equal", "Hq": 32, "Hk": 8, "D": 128, "page": 16}
-    return sorted(decode_rows(shape, fewest=6), key=lambda row: row["L"])
-
-
-def engine_rows(card: str) -> dict[str, Row]:
-    """By dtype, of the newest call on this card that timed a preset beside ``auto``."""
-    calls: dict[str, dict[str, Row]] = {}
-    for row in read(f"engine_{card}"):
-        calls.setdefault(row["call"], {})[row["dtype"]] = row
-    return [rows for rows in calls.values() if "auto" in rows and any(map(is_ours, rows))][-1]
 
 
 def decode_table(rows: list[Row]) -> list[str]:
@@ -82,17 +44,13 @@ def decode_table(rows: list[Row]) -> list[str]:
 def decode_elsewhere() -> list[str]:
     """The table's shapes on the other card, in a sentence."""
     rows = decode_rows(card="h200")
-
-    def faster(key: str) -> str:
-        ratios = [row[key] / row["ours_ms"] for row in rows]
-        return f"{min(ratios):.2f} to {max(ratios):.2f}"
-
-    long = next(row for row in rows if (row["B"], row["L"], row["lengths"]) == (64, 32768, "equal"))
+    bf16, fp8 = ([row[key] / row["ours_ms"] for row in rows] for key, _ in RIVALS[:2])
+    long = next(i for i, row in enumerate(rows) if (row["B"], row["L"], row["lengths"]) == (64, 32768, "equal"))
     return [
-        f"The same shapes on {rows[0]['card']}, data-free: {faster('fa3_bf16_ms')} times as fast as bf16, "
-        f"{faster('fa3_fp8_ms')} as fp8;",
-        f"64 x 32768 {long['fa3_bf16_ms'] / long['ours_ms']:.2f} and {long['fa3_fp8_ms'] / long['ours_ms']:.2f}, at "
-        f"{long['floor_ms'] / long['ours_ms']:.0%} of memory's limit: its memory is faster, its arithmetic is not.",
+        f"The same shapes on {rows[0]['card']}, data-free: {min(bf16):.2f} to {max(bf16):.2f} times as fast as bf16, "
+        f"{min(fp8):.2f} to {max(fp8):.2f} as fp8;",
+        f"64 x 32768 {bf16[long]:.2f} and {fp8[long]:.2f}, at {rows[long]['floor_ms'] / rows[long]['ours_ms']:.0%} of memory's "
+        "limit: its memory is faster, its arithmetic is not.",
         "",
     ]
 
@@ -116,23 +74,6 @@ def engine_table() -> list[str]:
             filled = f"{row['full']['requests']}, {row['full']['tokens_per_s']:,}" if "full" in row and steps != "-" else "-"
             lines.append(f"| {row['card']} | `{dtype}`{how} | {more} | {prefill} | {steps}, {one['tpot_ms']} | {filled} |")
     return lines
-
-
-def window_of(name: str) -> int:
-    """How many of the newest tokens a server reads exactly under this dtype."""
-    return PRESETS[name].recent if is_ours(name) else 0
-
-
-def fidelity_rows() -> dict[tuple[str, bool, int], dict[tuple[str, int], Row]]:
-    """By (dtype, calibrated, skipped layers), then (model, context): the newest rows of what can be served."""
-    found: dict[tuple[str, bool, int], dict[tuple[str, int], Row]] = {}
-    for model in MODELS:
-        for row in read(f"fidelity_{model}"):
-            as_served = not row["sinks"] and row["window"] == window_of(row["name"])
-            if as_served and row["context"] in CONTEXTS and row["name"] != "auto":
-                case = row["name"], row["calibrated"], row["skipped_layers"]
-                found.setdefault(case, {})[model, row["context"]] = row
-    return found
 
 
 def fidelity_name(name: str, calibrated: bool, skipped: int) -> str:

@@ -1,4 +1,4 @@
-"""README pictures, from the rows that `figures` reads. Colours are Okabe and Ito's, told apart by the colour-blind; what they
+"""README pictures, from the rows that `newest` finds. Colours are Okabe and Ito's, told apart by the colour-blind; what they
 tell, markers, hatches or words tell too."""
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import matplotlib
 from vllm_turboquant.config import is_ours
 from vllm_turboquant.kernels.format import PRESETS, UNIT_TOKENS, page_format
 
-from .figures import CARDS, CONTEXTS, HEAD, MODELS, PICTURES, RIVALS, context_rows, engine_rows, fidelity_rows
+from .figures import HEAD, PICTURES, RIVALS
+from .newest import CARDS, CONTEXTS, MODELS, context_rows, engine_rows, fidelity_rows
 
 matplotlib.use("svg")
 # The same picture from the same rows; text as text, not as outlines.
